@@ -1,0 +1,78 @@
+"""Where a tensor sits in a model, read off its name alone: no table of architectures to extend.
+
+A decoder's names share one grammar, `stack.N.module.matrix.weight`, whatever its author calls the parts. The first whole
+number in the dotted path is the layer; what stands before it is the stack; the component after it is the module; the rest
+is the matrix. Price: a model whose names carry no numbers has no layers here, only modules.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+GRANULARITIES = ("model", "layer", "module", "matrix", "parameter")
+
+# Words by which authors name the parts, tried in this order against one dotted component at a time.
+_KINDS = (
+    ("norm", re.compile(r"norm|^ln($|_|\d)|(^|_)ln($|_)")),
+    ("attention", re.compile(r"attn|attention|^(mixer|mamba|ssm|linear_attn)$")),
+    ("mlp", re.compile(r"mlp|ffn|feed_?forward|moe|expert|^fc\d?$|^(w1|w2|w3)$")),
+    ("embedding", re.compile(r"embed_?tokens|embed_in|embeddings?$|^(wte|wpe|embd)$|tok_embeddings|word_embeddings")),
+    ("head", re.compile(r"^(lm_head|embed_out|output|score|classifier)$")),
+)
+_PARAMETER = re.compile(r"\.(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The anatomy of one tensor name.
+
+    `stack` is the path before the layer number ("model.layers"; "" outside the layers), `layer` the number or None,
+    `module` the component that owns the matrix ("self_attn"), `matrix` the rest ("q_proj", "q_proj.bias"), `kind` one of
+    attention, mlp, norm, embedding, head, other.
+    """
+
+    stack: str
+    layer: int | None
+    module: str
+    matrix: str
+    kind: str
+
+    def unit(self, granularity: str, name: str) -> str:
+        """Name the unit that the tensor called `name` belongs to at this granularity; tensors outside the layers are
+        units of their own, except at granularity model."""
+        if granularity == "model":
+            return "model"
+        if self.layer is None or granularity in ("matrix", "parameter"):
+            return name
+        layer = f"{self.stack}.{self.layer}"
+        return layer if granularity == "layer" else f"{layer}.{self.module}"
+
+
+@lru_cache(maxsize=65536)
+def place(name: str) -> Place:
+    """Return the Place of a tensor name, for any architecture."""
+    parts = _PARAMETER.sub(lambda m: ".bias" if m[1] == "bias" else "", name).split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdecimal() and i > 0), None)
+    if number is None or number == len(parts) - 1:
+        return _outside(parts)
+    inside = parts[number + 1:]
+    module = inside[0]
+    matrix = ".".join(inside[1:]) if len(inside) > 1 and inside[1:] != ["bias"] else ".".join(inside)
+    return Place(".".join(parts[:number]), int(parts[number]), module, matrix, _kind(inside))
+
+
+def _outside(parts: list[str]) -> Place:
+    owner = parts[:-1] if parts[-1] == "bias" else parts
+    return Place("", None, owner[-1], ".".join([owner[-1], *parts[len(owner):]]), _kind(owner[::-1]))
+
+
+def _kind(parts: list[str]) -> str:
+    for part in (parts[0], *parts[1:]):
+        for kind, pattern in _KINDS:
+            if pattern.search(part):
+                # A norm inside attention (q_norm) belongs to the attention's column group, yet is a norm.
+                inner = parts[-1] if parts[-1] != "bias" or len(parts) == 1 else parts[-2]
+                return "norm" if kind == "attention" and re.search(r"norm", inner) else kind
+    return "other"
