@@ -1,0 +1,34 @@
+"""FuseChat Studio's library: see how far chat models have moved from their pivot, and merge them by it.
+
+    from fusion import Checkpoint, Recipe, finish, measure, merge
+    pivot, targets = Checkpoint("pivot"), [Checkpoint("target-a"), Checkpoint("target-b")]
+    finish(measure(pivot, targets)).ratios("matrix")
+    finish(merge(Recipe("pivot", ("target-a", "target-b")), out="merged"))
+
+Importing it needs neither torch nor transformers; only `chat`, `live` and `demo` load them, when they are used.
+"""
+
+from fusion.anatomy import GRANULARITIES, Place, place
+from fusion.checkpoint import Checkpoint
+from fusion.errors import (
+    CheckpointError,
+    FusionError,
+    MismatchError,
+    OutputError,
+    RecipeError,
+    ResourceError,
+    Stopped,
+)
+from fusion.merge import MergeResult, merge
+from fusion.methods import METHODS
+from fusion.preflight import Preflight, preflight
+from fusion.progress import Progress, finish
+from fusion.recipe import Override, Recipe
+from fusion.variation import MEASURES, Variation, measure
+from fusion.weights import effective_weights
+
+__all__ = [
+    "GRANULARITIES", "MEASURES", "METHODS", "Checkpoint", "CheckpointError", "FusionError", "MergeResult", "MismatchError",
+    "OutputError", "Override", "Place", "Preflight", "Progress", "Recipe", "RecipeError", "ResourceError", "Stopped",
+    "Variation", "effective_weights", "finish", "measure", "merge", "place", "preflight",
+]

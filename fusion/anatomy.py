@@ -64,15 +64,13 @@ def place(name: str) -> Place:
 
 
 def _outside(parts: list[str]) -> Place:
-    owner = parts[:-1] if parts[-1] == "bias" else parts
-    return Place("", None, owner[-1], ".".join([owner[-1], *parts[len(owner):]]), _kind(owner[::-1]))
+    owner = parts[:-1] if parts[-1] == "bias" and len(parts) > 1 else parts
+    matrix = ".".join([owner[-1], *parts[len(owner):]])
+    return Place("", None, owner[-1], matrix, _kind(owner[::-1]))
 
 
 def _kind(parts: list[str]) -> str:
-    for part in (parts[0], *parts[1:]):
-        for kind, pattern in _KINDS:
-            if pattern.search(part):
-                # A norm inside attention (q_norm) belongs to the attention's column group, yet is a norm.
-                inner = parts[-1] if parts[-1] != "bias" or len(parts) == 1 else parts[-2]
-                return "norm" if kind == "attention" and re.search(r"norm", inner) else kind
-    return "other"
+    inner = next((part for part in reversed(parts) if part != "bias"), parts[0])
+    if _KINDS[0][1].search(inner):  # a norm inside attention (q_norm) is a norm
+        return "norm"
+    return next((kind for part in parts for kind, pattern in _KINDS if pattern.search(part)), "other")

@@ -1,0 +1,284 @@
+"""A checkpoint is a folder seen as a lazy mapping: names, shapes and dtypes come from headers, weights only when asked for.
+
+    pivot = Checkpoint("assets/demo/pivot")
+    pivot.info["model.norm.weight"].shape          # no weight is read
+    pivot["model.norm.weight"]                     # one tensor, float32
+
+Reading goes through `pread` into small buffers, not through a memory map: a file that shrinks under a map kills the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fusion import dtypes
+from fusion.anatomy import place
+from fusion.errors import CheckpointError, nearest
+from fusion.header import TensorInfo, read_header
+
+INDEX = "model.safetensors.index.json"
+_QUANTISED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB", ".weight_format", "_packed", "_blocks")
+
+
+class Checkpoint(Mapping[str, np.ndarray]):
+    """A folder with config, tokenizer and safetensors weights; `checkpoint[name]` is the tensor in float32.
+
+    `name` is what people see (default: the folder's name). CheckpointError when the folder cannot be a checkpoint: no
+    config, no safetensors, a missing or broken shard, quantised weights.
+    """
+
+    def __init__(self, folder: str | os.PathLike, name: str | None = None):
+        self.folder = Path(folder)
+        self.name = name or self.folder.resolve().name
+        if not self.folder.is_dir():
+            raise CheckpointError("there is no such folder", where=str(folder), todo="Give the folder that holds config.json.")
+        self.config = self._json("config.json", required=True)
+        self.info = self._tensors()
+        self._refuse_quantised()
+        self._files = _Files()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.info)
+
+    def __len__(self) -> int:
+        return len(self.info)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self.info[name]
+        return self.read(name, 0, tensor.numel, np.empty(tensor.numel, np.float32)).reshape(tensor.shape)
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.name!r}, {self.architecture}, {self.parameters:,} parameters)"
+
+    def read(self, name: str, start: int, stop: int, out: np.ndarray) -> np.ndarray:
+        """Read the flat elements start … stop of a tensor into `out` (float32) and return that part of it."""
+        tensor = self.info[name]
+        if tensor.dtype not in dtypes.FLOATS:
+            raise CheckpointError(f"holds {tensor.dtype}, which is not a weight dtype", where=f"{self.name}: {name}")
+        return dtypes.decode(self.raw(name, start, stop), tensor.dtype, out[:stop - start])
+
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """The stored bytes of the flat elements start … stop of a tensor."""
+        tensor = self.info[name]
+        item = dtypes.ITEM_BYTES[tensor.dtype]
+        stop = tensor.numel if stop is None else stop
+        data = self._files.read(tensor.file, tensor.start + start * item, (stop - start) * item)
+        if len(data) != (stop - start) * item:
+            raise CheckpointError("the file became shorter while it was read", where=f"{self.name}: {tensor.file.name}",
+                                  todo="Do not change a checkpoint while it is merged.")
+        return data
+
+    def close(self) -> None:
+        """Close the files that reading opened."""
+        self._files.close()
+
+    @property
+    def architecture(self) -> str:
+        """The architecture the config names, e.g. "LlamaForCausalLM"."""
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else str(self.config.get("model_type", "unknown"))
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many numbers the float tensors hold."""
+        return sum(tensor.numel for tensor in self.info.values() if tensor.dtype in dtypes.FLOATS)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(tensor.nbytes for tensor in self.info.values())
+
+    @cached_property
+    def dtype(self) -> str:
+        """The safetensors code of the dtype that holds most of the numbers."""
+        count: dict[str, int] = {}
+        for tensor in self.info.values():
+            count[tensor.dtype] = count.get(tensor.dtype, 0) + tensor.numel
+        return max(count, key=lambda code: (count[code], code))
+
+    @cached_property
+    def layers(self) -> int:
+        """How many layers the names count in the largest stack."""
+        places = [place(name) for name in self.info]
+        stacks = {spot.stack: 0 for spot in places}
+        for spot in places:
+            if spot.layer is not None:
+                stacks[spot.stack] = max(stacks[spot.stack], spot.layer + 1)
+        return max(stacks.values(), default=0)
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the head shares the embedding's matrix: the config says so, or there is no head at all."""
+        said = self.config.get("tie_word_embeddings", self._text_config.get("tie_word_embeddings"))
+        return bool(said) if said is not None else not any(place(name).kind == "head" for name in self.info)
+
+    @cached_property
+    def tied_copies(self) -> frozenset[str]:
+        """Names of stored heads that only repeat the embedding (the config ties them, the shapes agree)."""
+        if not self.tied:
+            return frozenset()
+        tables = {tensor.shape for name, tensor in self.info.items() if place(name).kind == "embedding"}
+        return frozenset(name for name, tensor in self.info.items()
+                         if place(name).kind == "head" and tensor.shape in tables)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding, as the config says."""
+        size = self.config.get("vocab_size", self._text_config.get("vocab_size"))
+        return size if isinstance(size, int) else None
+
+    @cached_property
+    def vocabulary(self) -> Mapping[str, int] | None:
+        """Token → id of the tokenizer, added tokens included; None when there is no tokenizer.json."""
+        tokenizer = self._json("tokenizer.json")
+        if not isinstance(tokenizer.get("model"), dict):
+            return None
+        vocab = tokenizer["model"].get("vocab")
+        if isinstance(vocab, list):  # unigram: [[token, score], …]
+            vocab = {entry[0]: i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])
+                 if isinstance(token, dict) and {"content", "id"} <= token.keys()}
+        return {**vocab, **added} if isinstance(vocab, dict) else None
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The tokenizer's own chat template, or None."""
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8", errors="replace")
+        template = self._json("tokenizer_config.json").get("chat_template")
+        return template if isinstance(template, str) else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A cheap mark that tells checkpoints apart: SHA-256 over config, headers and up to 4 KiB inside every tensor.
+
+        It reads a few kilobytes a tensor instead of gigabytes. Equal marks do not prove equal weights; a fine-tune of any
+        size changes it.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(self.info):
+            tensor = self.info[name]
+            digest.update(f"{name}|{tensor.dtype}|{tensor.shape}".encode())
+            middle = tensor.numel // 2
+            digest.update(self.raw(name, middle, min(tensor.numel, middle + 2048)))
+        return digest.hexdigest()
+
+    @property
+    def _text_config(self) -> dict:
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else {}
+
+    def _json(self, file: str, required: bool = False) -> dict:
+        path = self.folder / file
+        if not path.is_file():
+            if required:
+                raise CheckpointError(f"there is no {file}", where=str(self.folder), todo="Give the folder of a transformers model.")
+            return {}
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file} is not valid JSON ({error})", where=str(self.folder)) from error
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{file} is not a JSON object", where=str(self.folder))
+        return value
+
+    def _tensors(self) -> dict[str, TensorInfo]:
+        promised = self._index()
+        files = sorted(set(promised.values())) if promised else self._single_file()
+        info: dict[str, TensorInfo] = {}
+        for file in files:
+            if not (self.folder / file).is_file():
+                raise CheckpointError(f"the index names {file}, which is missing", where=str(self.folder),
+                                      todo="Download the missing shard.")
+            for tensor in read_header(self.folder / file):
+                if tensor.name in info:
+                    raise CheckpointError(f"{tensor.name} is stored in two shards", where=str(self.folder))
+                info[tensor.name] = tensor
+        lost = next((name for name, file in promised.items() if name not in info or info[name].file.name != file), None)
+        if lost is not None:
+            raise CheckpointError(f"the index places {lost} in {promised[lost]}, but it is not there", where=str(self.folder),
+                                  todo="The index belongs to other shards; download both again.")
+        if not info:
+            raise CheckpointError("there is no tensor in it", where=str(self.folder))
+        return info
+
+    def _index(self) -> dict[str, str]:
+        weight_map = self._json(INDEX).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{INDEX} has no valid weight_map", where=str(self.folder))
+        odd = next((file for file in weight_map.values() if Path(file).name != file or file.startswith(".")), None)
+        if odd is not None:
+            raise CheckpointError(f"the index names {odd!r}, which is not a plain file name", where=str(self.folder))
+        return weight_map
+
+    def _single_file(self) -> list[str]:
+        found = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        if "model.safetensors" in found:
+            return ["model.safetensors"]
+        if len(found) == 1 and not found[0].startswith("adapter"):
+            return found
+        if found:
+            raise CheckpointError(f"{len(found)} safetensors files without {INDEX}", where=str(self.folder),
+                                  todo="Add the index that belongs to the shards.")
+        pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise CheckpointError(f"only pickle weights ({pickles[0]}), which can run code when loaded", where=str(self.folder),
+                                  todo="Convert it once with save_pretrained(safe_serialization=True).")
+        raise CheckpointError("there are no safetensors weights", where=str(self.folder))
+
+    def _refuse_quantised(self) -> None:
+        method = self.config.get("quantization_config")
+        packed = next((name for name in self.info if name.endswith(_QUANTISED)), None)
+        odd = next((name for name, tensor in self.info.items() if tensor.dtype.startswith("F8")), None)
+        if method or packed or odd:
+            what = method.get("quant_method", "quantised") if isinstance(method, dict) else self.info[packed or odd].dtype
+            raise CheckpointError(f"the weights are quantised ({what}{', ' + (packed or odd) if packed or odd else ''})",
+                                  where=str(self.folder), todo="Merge the full-precision checkpoint it was made from.")
+        if self.dtype not in dtypes.FLOATS:
+            raise CheckpointError(f"most weights are stored as {self.dtype}, not as floating point numbers", where=str(self.folder),
+                                  todo="Merge a float32, float16 or bfloat16 checkpoint.")
+
+    def known(self, name: str) -> TensorInfo:
+        """The header entry of a tensor; CheckpointError with the nearest name when there is none."""
+        if name not in self.info:
+            raise CheckpointError(f"there is no tensor {name!r}", where=self.name, todo=nearest(name, self.info))
+        return self.info[name]
+
+
+class _Files:
+    """Open files by path, shared by reading threads: `pread` carries its own offset."""
+
+    def __init__(self):
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, start: int, nbytes: int) -> bytes:
+        try:
+            with self._lock:
+                if path not in self._open:
+                    self._open[path] = os.open(path, os.O_RDONLY)
+                descriptor = self._open[path]
+            data = os.pread(descriptor, nbytes, start)
+            while len(data) < nbytes and (more := os.pread(descriptor, nbytes - len(data), start + len(data))):
+                data += more  # one call returns at most 2 GiB
+            return data
+        except OSError as error:
+            raise CheckpointError(f"cannot be read ({error.strerror})", where=str(path)) from error
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+
+    def __del__(self):
+        self.close()

@@ -1,0 +1,232 @@
+"""Can these be merged, and what will it cost? Answered from headers and configs alone, before any weight is read.
+
+    report = preflight(pivot, targets)
+    report.level            # "good", "warning" or "bad"
+    report.raise_if_bad()   # the first thing that stands in the way, as an error
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from fusion import dtypes
+from fusion.anatomy import place
+from fusion.checkpoint import Checkpoint
+from fusion.errors import FusionError, MismatchError, OutputError, RecipeError, ResourceError
+
+LEVELS = ("good", "warning", "bad")
+FUSE_FIRST = "It needs pairwise fusion first: that turns any chat model into a target of the pivot's shape."
+_HARMLESS = {"_name_or_path", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
+             "eos_token_id", "pad_token_id", "tie_word_embeddings"}  # settings that do not change what a weight means
+_HEADS = {"num_attention_heads", "num_key_value_heads", "head_dim", "n_head"}  # equal shapes, other meaning
+_BLOCK_BYTES = 65_536 * 8
+_RUNTIME_BYTES = 60_000_000
+_PACE_BYTES_PER_S = 0.8e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing the preflight found: `level` good, warning or bad; `model` and `topic` it concerns; `text` in words."""
+
+    level: str
+    model: str
+    topic: str
+    text: str
+    tensor: str = ""
+    kind: type[FusionError] = field(default=MismatchError, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What headers and config say of one checkpoint; `nbytes` on disk, `vocabulary` tokens of the tokenizer."""
+
+    name: str
+    role: str
+    architecture: str
+    layers: int
+    parameters: int
+    tensors: int
+    dtype: str
+    nbytes: int
+    vocab_size: int | None
+    vocabulary: int | None
+    tied: bool
+    chat_template: bool
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The verdict: facts of every model, findings, and the cost of merging in bytes (seconds are a rough guess)."""
+
+    models: tuple[Facts, ...]
+    findings: tuple[Finding, ...]
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    peak_memory_bytes: int
+    free_disk_bytes: int
+    seconds: float
+
+    @property
+    def level(self) -> str:
+        """The worst level of all findings: "bad" means these cannot be merged."""
+        return max((finding.level for finding in self.findings), key=LEVELS.index, default="good")
+
+    def of(self, model: str) -> list[Finding]:
+        """The findings about one model."""
+        return [finding for finding in self.findings if finding.model == model]
+
+    def raise_if_bad(self) -> Preflight:
+        """Raise the first bad finding as the FusionError it is; return self when there is none."""
+        for finding in self.findings:
+            if finding.level == "bad":
+                raise finding.kind(finding.text, where=finding.model or None)
+        return self
+
+    def to_dict(self) -> dict:
+        """Plain data: what `--json` prints."""
+        findings = [{k: v for k, v in vars(finding).items() if k != "kind"} for finding in self.findings]
+        rest = {name: getattr(self, name) for name in ("tensors", "bytes_read", "bytes_written", "peak_memory_bytes",
+                                                       "free_disk_bytes", "seconds")}
+        return {"level": self.level, "mergeable": self.level != "bad", "models": [asdict(facts) for facts in self.models],
+                "findings": findings, **rest}
+
+
+def preflight(pivot: Checkpoint, targets: Sequence[Checkpoint], *, out: str | os.PathLike | None = None,
+              dtype: str | None = None) -> Preflight:
+    """Compare headers and configs of pivot and targets; never raises for what it finds, see `Preflight.raise_if_bad`.
+
+    `out` is the folder to be written (its disk is checked), `dtype` the stored dtype (default: as the pivot).
+    """
+    names = mergeable_names(pivot)
+    findings = list(_count(pivot, targets))
+    for target in targets:
+        found = [*_shapes(pivot, target), *_vocabulary(pivot, target), *_rest(pivot, target)]
+        findings += found or [Finding("good", target.name, "ready", "Same shape and vocabulary as the pivot.")]
+    read = sum(model.info[name].nbytes for model in (pivot, *targets) for name in names if name in model.info)
+    written = output_bytes(pivot, dtype)
+    free = shutil.disk_usage(_existing(Path(out) if out else Path.cwd())).free
+    findings += _output(out, written, free)
+    memory = _RUNTIME_BYTES + 2 * (len(targets) + 4) * _BLOCK_BYTES * 2
+    return Preflight(tuple(facts(model, "pivot" if i == 0 else "target") for i, model in enumerate((pivot, *targets))),
+                     tuple(findings), len(names), read, written, memory, free, (2 * read + written) / _PACE_BYTES_PER_S)
+
+
+def facts(model: Checkpoint, role: str) -> Facts:
+    """Collect what headers and config say of one checkpoint."""
+    vocabulary = model.vocabulary
+    return Facts(model.name, role, model.architecture, model.layers, model.parameters, len(model), dtypes.name(model.dtype),
+                 model.nbytes, model.vocab_size, len(vocabulary) if vocabulary is not None else None, model.tied,
+                 model.chat_template is not None)
+
+
+def mergeable_names(pivot: Checkpoint) -> list[str]:
+    """The tensors a merge computes: the pivot's float tensors, tied copies of the embedding left out."""
+    return [name for name, tensor in pivot.info.items() if tensor.dtype in dtypes.FLOATS and name not in pivot.tied_copies]
+
+
+def output_bytes(pivot: Checkpoint, dtype: str | None) -> int:
+    """Bytes of the merged tensors when floats are stored as `dtype` (None: each as in the pivot)."""
+    def size(name: str) -> int:
+        tensor = pivot.info[name]
+        code = dtypes.code(dtype) if dtype and tensor.dtype in dtypes.FLOATS else tensor.dtype
+        return tensor.numel * dtypes.ITEM_BYTES[code]
+    return sum(size(name) for name in pivot.info if name not in pivot.tied_copies)
+
+
+def _count(pivot: Checkpoint, targets: Sequence[Checkpoint]):
+    if not targets:
+        yield Finding("bad", "", "targets", "There is no target to merge. Give at least one.", kind=RecipeError)
+    seen = {pivot.folder.resolve(): pivot.name}
+    names = {pivot.name}
+    for target in targets:
+        folder = target.folder.resolve()
+        if folder in seen:
+            yield Finding("bad", target.name, "duplicate", f"The same folder is given twice ({seen[folder]} and {target.name}). "
+                          "Leave one out.", kind=RecipeError)
+        elif target.name in names:
+            yield Finding("bad", target.name, "duplicate", f"Two models are called {target.name}. Give one of them another name.",
+                          kind=RecipeError)
+        seen[folder] = target.name
+        names.add(target.name)
+
+
+def _shapes(pivot: Checkpoint, target: Checkpoint):
+    wanted, given = mergeable_names(pivot), set(mergeable_names(target))
+    other = next((name for name in wanted if name in given and target.info[name].shape != pivot.info[name].shape), None)
+    if pivot.architecture != target.architecture:
+        first = other or next((name for name in wanted if name not in given), "")
+        example = f" The first tensor that differs is {first}." if first else ""
+        yield Finding("bad", target.name, "architecture", f"Its architecture is {target.architecture}, the pivot's is "
+                      f"{pivot.architecture}.{example} {FUSE_FIRST}", first)
+        return
+    if other:
+        yield Finding("bad", target.name, "shape", f"{other} has shape {list(target.info[other].shape)}, in the pivot it is "
+                      f"{list(pivot.info[other].shape)}. {FUSE_FIRST}", other)
+        return
+    missing = [name for name in wanted if name not in given]
+    extra = sorted(given - set(wanted))
+    if missing:
+        tail = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        yield Finding("bad", target.name, "missing", f"It lacks {missing[0]}{tail}. {_why(pivot, target, missing[0])}", missing[0])
+    elif extra:
+        tail = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        yield Finding("bad", target.name, "extra", f"It has {extra[0]}{tail}, which the pivot has not. "
+                      f"{_why(pivot, target, extra[0])}", extra[0])
+
+
+def _why(pivot: Checkpoint, target: Checkpoint, name: str) -> str:
+    if place(name).kind == "head" and pivot.tied != target.tied:
+        tied, loose = (pivot, target) if pivot.tied else (target, pivot)
+        return f"{tied.name} ties its head to the embedding, {loose.name} does not."
+    return FUSE_FIRST
+
+
+def _vocabulary(pivot: Checkpoint, target: Checkpoint):
+    mine, theirs = pivot.vocabulary, target.vocabulary
+    if mine is None or theirs is None:
+        lacking = pivot.name if mine is None else target.name
+        yield Finding("warning", target.name, "vocabulary", f"{lacking} has no tokenizer.json, so the vocabularies could not be "
+                      "compared. Make sure that both models number their tokens alike.")
+    elif mine != theirs:
+        odd = next((token for token, number in theirs.items() if mine.get(token) != number), None)
+        odd = odd if odd is not None else next(token for token in mine if token not in theirs)
+        yield Finding("bad", target.name, "vocabulary", f"Its vocabulary differs from the pivot's ({len(theirs)} and {len(mine)} tokens; "
+                      f"the first difference is {odd!r}). {FUSE_FIRST}")
+
+
+def _rest(pivot: Checkpoint, target: Checkpoint):
+    def plain(config: dict) -> dict:
+        return {key: value for key, value in config.items() if key not in _HARMLESS and value is not None}
+
+    mine, theirs = plain(pivot.config), plain(target.config)
+    odd = sorted(key for key in mine.keys() & theirs.keys() if mine[key] != theirs[key])
+    if odd:
+        said = "; ".join(f"{key} is {theirs[key]} here and {mine[key]} in the pivot" for key in odd[:4])
+        yield Finding("bad" if _HEADS & set(odd) else "warning", target.name, "config",
+                      f"{said[0].upper()}{said[1:]}. The merge computes with the pivot's.")
+    if target.dtype != pivot.dtype:
+        yield Finding("warning", target.name, "dtype", f"It is stored as {dtypes.name(target.dtype)}, the pivot as "
+                      f"{dtypes.name(pivot.dtype)}; part of its variation is rounding.")
+    if pivot.chat_template != target.chat_template:
+        yield Finding("warning", target.name, "chat template", "Its chat template is not the pivot's; the merge has the donor's.")
+
+
+def _output(out: str | os.PathLike | None, written: int, free: int):
+    if out is not None and os.path.lexists(out):
+        yield Finding("bad", "", "output", f"{out} exists already. Choose another folder; nothing is ever overwritten.",
+                      kind=OutputError)
+    if out is not None and written * 1.02 > free:
+        yield Finding("bad", "", "disk", f"The result needs {written / 1e9:.1f} GB, the disk of {out} has {free / 1e9:.1f} GB free. "
+                      "Free some space or choose another disk.", kind=ResourceError)
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
