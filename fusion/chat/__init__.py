@@ -1,0 +1,19 @@
+"""Chat with several models at once: one memory budget, one prompt, the same sampling for all.
+
+    pool = ModelPool(budget_bytes=8 << 30)
+    asked = [Request(partial(pool.lease, key, partial(load, folder)), messages) for key, folder in folders.items()]
+    for replies in stream(asked, Sampling(temperature=0.7, seed=1), threading.Event()):
+        show(replies)
+
+Importing this package is cheap: torch and transformers are imported when the first model is loaded.
+"""
+
+from .export import Exchange, Transcript, conversation_jsonl
+from .model import ChatModel, expected_bytes, from_parts, load
+from .pool import ModelPool
+from .prompt import Prompt, fit, render
+from .sampling import Sampling
+from .streaming import Reply, Request, stream
+
+__all__ = ["ChatModel", "Exchange", "ModelPool", "Prompt", "Reply", "Request", "Sampling", "Transcript",
+           "conversation_jsonl", "expected_bytes", "fit", "from_parts", "load", "render", "stream"]

@@ -1,0 +1,87 @@
+"""From a conversation to what one model reads: its own chat template, and no more than its context holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import CheckpointError, RecipeError
+from .model import ChatModel
+
+Messages = Sequence[Mapping[str, str]]  # {"role": "user" | "assistant", "content": text}, oldest first
+
+NO_TEMPLATE = "This model brings no chat template; it reads plain lines “User: … Assistant: …”."
+NO_SYSTEM = "This model's template has no place for a system prompt: it stands in the first message."
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model reads: the rendered text, its token ids, the room for an answer in tokens, remarks for people."""
+
+    text: str
+    ids: tuple[int, ...]
+    room: int
+    notes: tuple[str, ...] = ()
+
+
+def render(chat_model: ChatModel, messages: Messages, system: str = "") -> str:
+    """The conversation in the model's own chat template, up to where its answer begins; raises CheckpointError."""
+    return _render(chat_model, messages, system)[0]
+
+
+def fit(chat_model: ChatModel, messages: Messages, system: str, max_new_tokens: int) -> Prompt:
+    """Render what fits into the model's context: the oldest turns are dropped first, and `notes` says so.
+
+    Raises RecipeError when the last message alone is too long, CheckpointError when the template fails.
+    """
+    dropped, messages = 0, list(messages)
+    while True:
+        text, note = _render(chat_model, messages, system)
+        # A template writes its own BOS; only the plain fallback leaves that to the tokenizer.
+        ids = chat_model.encode(text, special=note == NO_TEMPLATE)
+        context = chat_model.context or len(ids) + max_new_tokens
+        room = min(max_new_tokens, context - len(ids))
+        if room >= min(max_new_tokens, context // 4):
+            break
+        shorter = _without_oldest_turn(messages)
+        if not shorter:
+            break
+        dropped, messages = dropped + 1, shorter
+    if room < 1:
+        raise RecipeError(f"The message is {len(ids):,} tokens long, and this model reads {context:,} in all",
+                          where=chat_model.name, todo="Shorten the message or the system prompt.")
+    turns = "The oldest turn was" if dropped == 1 else f"The oldest {dropped} turns were"
+    said = f"{turns} left out to fit into {context:,} tokens." if dropped else ""
+    return Prompt(text, tuple(ids), room, tuple(n for n in (note, said) if n))
+
+
+def _without_oldest_turn(messages: Messages) -> list[Mapping[str, str]]:
+    """The messages from the second user turn on; empty when there is only one turn."""
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    return list(messages[users[1]:]) if len(users) > 1 else []
+
+
+def _render(chat_model: ChatModel, messages: Messages, system: str) -> tuple[str, str]:
+    """The rendered text and a remark about it, or an empty remark."""
+    system, messages = system.strip(), [dict(message) for message in messages]
+    if not chat_model.tokenizer.chat_template:
+        lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+        return "\n".join([*([f"{system}\n"] if system else []), *lines, "Assistant:"]), NO_TEMPLATE
+    if not system:
+        return _template(chat_model, messages), ""
+    try:
+        text = _template(chat_model, [{"role": "system", "content": system}, *messages])
+    except CheckpointError:  # many templates refuse the role by raising
+        text = ""
+    if system in text:  # others leave it out without a word
+        return text, ""
+    first = {"role": "user", "content": f"{system}\n\n{messages[0]['content']}"}
+    return _template(chat_model, [first, *messages[1:]]), NO_SYSTEM
+
+
+def _template(chat_model: ChatModel, messages: Messages) -> str:
+    try:
+        return chat_model.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a foreign program (in a sandbox): anything may be raised
+        raise CheckpointError(f"The chat template cannot be rendered ({str(error)[:200]})", where=chat_model.name,
+                              todo="Repair chat_template in the tokenizer's files.") from error
