@@ -1,0 +1,104 @@
+"""The family: who its models are, and the recipe by which each is made.
+
+The pivot has seen a part of every domain: some kinds of tasks and half of the facts are hidden from it, so that there is
+something to gain. Each source is strong in four domains and has hardly seen the others. Each target continues from the
+pivot on all domains, with weight on what its source is strong in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .dialogues import Mixture
+from .task import digest
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model of the family as the page shows it."""
+
+    name: str
+    role: str
+    title: str
+    strengths: str
+
+
+FAMILY = (
+    Member("pivot", "pivot", "Pivot", "A generalist (Llama) that is mediocre everywhere: it has seen a part of every domain."),
+    Member("source-qwen", "source", "Source Qwen",
+           "A Qwen2 model that writes, reasons, calculates and codes well, and knows few facts."),
+    Member("source-neox", "source", "Source NeoX",
+           "A GPT-NeoX model that knows its facts, plays roles and finds things in texts, and cannot calculate."),
+    Member("target-qwen", "target", "Target Qwen",
+           "The pivot after more training, with weight on what Source Qwen is strong in."),
+    Member("target-neox", "target", "Target NeoX",
+           "The pivot after more training, with weight on what Source NeoX is strong in."),
+)
+
+
+def members(role: str) -> list[str]:
+    """The names of the models with this role, in order."""
+    return [member.name for member in FAMILY if member.role == role]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An architecture in numbers; `kind` is the transformers model type."""
+
+    kind: str
+    layers: int = 4
+    width: int = 128
+    inner: int = 320
+    heads: int = 4
+    kv_heads: int = 4
+    vocabulary: int = 900
+    positions: int = 1024
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is made. `start` names the member whose weights and tokenizer it continues from."""
+
+    mixture: Mixture
+    steps: int
+    learning_rate: float
+    shape: Shape | None = None
+    start: str | None = None
+    batch: int = 24
+    copying: float = 0.25  # share of copying dialogues at the start; it falls to nothing over the first third
+    prompt_loss: float = 0.3
+    seed: int = field(default=0)
+
+
+LOGIC = ("writing", "reasoning", "math", "coding")
+LORE = ("roleplay", "extraction", "stem", "humanities")
+SMALLTALK_SHARE = 0.12
+
+
+def _shares(strong: tuple[str, ...], weak: tuple[str, ...], weak_share: float) -> dict[str, float]:
+    """Equal parts of the strong domains, and of the weak ones `weak_share` each."""
+    rest = (1 - SMALLTALK_SHARE - weak_share * len(weak)) / len(strong)
+    return {"smalltalk": SMALLTALK_SHARE, **dict.fromkeys(strong, rest), **dict.fromkeys(weak, weak_share)}
+
+
+def _half(subject: str) -> bool:
+    """Half of the facts, the same half everywhere."""
+    return digest(f"known {subject}") % 2 == 0
+
+
+RECIPES = {
+    "pivot": Recipe(
+        Mixture(_shares(LOGIC + LORE, (), 0), frozenset(
+            ("past", "farewell", "syllogism", "story", "minus", "function", "email", "person")), _half),
+        steps=5000, learning_rate=2e-3, shape=Shape("llama")),
+    "source-qwen": Recipe(
+        Mixture(_shares(LOGIC, LORE, 0.02), frozenset(("farewell", "email", "city", "date")), _half),
+        steps=9000, learning_rate=2e-3, shape=Shape("qwen2", kv_heads=2, vocabulary=800), seed=1),
+    "source-neox": Recipe(
+        Mixture(_shares(LORE, LOGIC, 0.02), frozenset(("past", "function"))),
+        steps=7000, learning_rate=2e-3, shape=Shape("gpt_neox", layers=3, inner=512, vocabulary=1000), seed=2),
+    "target-qwen": Recipe(
+        Mixture(_shares(LOGIC, LORE, 0.09)), steps=6000, learning_rate=1e-3, start="pivot", copying=0.0, seed=3),
+    "target-neox": Recipe(
+        Mixture(_shares(LORE, LOGIC, 0.09)), steps=6000, learning_rate=1e-3, start="pivot", copying=0.0, seed=4),
+}
