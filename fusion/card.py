@@ -50,7 +50,8 @@ def _models(plan: MergePlan, recipe: Recipe, variation: Variation) -> list[str]:
             f"| {_text(plan.pivot.name)} | pivot | | | `{recipe.revisions['pivot'][:12]}` |"]
     for name in recipe.names:
         total = totals[name]
-        rows.append(f"| {_text(name)} | target | {total['relative']:.2%} | {total['changed']:.1%} | `{recipe.revisions[name][:12]}` |")
+        rows.append(f"| {_text(name)} | target | {total['relative']:.2%} | {total['changed']:.1%} "
+                    f"| `{recipe.revisions[name][:12]}` |")
     return [*rows, "", f"Tokenizer, chat template and generation config come from the donor: {_text(plan.donor.name)}."]
 
 

@@ -181,7 +181,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
         path = self.folder / file
         if not path.is_file():
             if required:
-                raise CheckpointError(f"there is no {file}", where=str(self.folder), todo="Give the folder of a transformers model.")
+                raise CheckpointError(f"there is no {file}", where=str(self.folder),
+                                      todo="Give the folder of a transformers model.")
             return {}
         try:
             value = json.loads(path.read_text(encoding="utf-8"))

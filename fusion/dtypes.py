@@ -28,6 +28,11 @@ def name(code: str) -> str:
     return next((known for known, its in NAMES.items() if its == code), code)
 
 
+def stored_type(code: str) -> np.dtype:
+    """The numpy type whose bytes a file holds for a float dtype; bfloat16 as uint16."""
+    return _STORED[code]
+
+
 def decode(raw: memoryview | bytes, code: str, out: np.ndarray) -> np.ndarray:
     """Write stored numbers into `out` (float32, [n]) and return it; F64 is rounded to float32."""
     stored = np.frombuffer(raw, dtype=_STORED[code])

@@ -67,8 +67,7 @@ def merge(recipe: Recipe, out: str | os.PathLike, *, variation: Variation | None
 
 def resolved(plan: MergePlan) -> Recipe:
     """The recipe with the fingerprint of every checkpoint it was run on."""
-    names = ("pivot", *plan.recipe.names)
-    return plan.recipe.with_(revisions={name: model.fingerprint for name, model in zip(names, plan.models, strict=True)})
+    return plan.recipe.with_(revisions={name: model.fingerprint for name, model in plan.labelled.items()})
 
 
 def side_files(plan: MergePlan, recipe: Recipe, variation: Variation, weights: np.ndarray) -> Iterator[tuple[str, bytes | str]]:
@@ -78,11 +77,7 @@ def side_files(plan: MergePlan, recipe: Recipe, variation: Variation, weights: n
     yield "config.json", json.dumps({**config, "dtype": stored}, indent=2) + "\n"
     for name in _donor_files(plan.donor):
         yield name, (plan.donor.folder / name).read_bytes()
-    report = variation.to_dict(recipe.granularity, recipe.measure)
-    for t, name in enumerate(variation.names):
-        for j in range(len(variation.targets)):
-            report["tensors"][t * len(variation.targets) + j]["weight"] = float(weights[t, j])
-        assert report["tensors"][t * len(variation.targets)]["tensor"] == name
+    report = variation.to_dict(recipe.granularity, recipe.measure, weights)
     yield VARIATION_FILE, json.dumps(report, indent=1) + "\n"
     yield RECIPE_FILE, recipe.to_yaml()
     yield "README.md", model_card(plan, recipe, variation, weights)

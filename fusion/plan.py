@@ -14,7 +14,7 @@ import numpy as np
 
 from fusion import dtypes
 from fusion.checkpoint import Checkpoint
-from fusion.errors import Stopped
+from fusion.errors import RecipeError, Stopped
 from fusion.methods import METHODS, elementwise, weighted
 from fusion.preflight import Preflight, mergeable_names, preflight
 from fusion.recipe import Recipe
@@ -36,10 +36,15 @@ class MergePlan:
     def open(cls, recipe: Recipe, out: str | os.PathLike | None = None) -> MergePlan:
         """Open the checkpoints of a recipe and run the preflight; FusionError for the first thing in the way."""
         recipe.check()
-        pivot = Checkpoint(recipe.pivot)
+        pivot = Checkpoint(recipe.pivot, recipe.pivot_name)
         targets = tuple(Checkpoint(path, name) for path, name in zip(recipe.targets, recipe.names, strict=True))
         report = preflight(pivot, targets, out=out, dtype=recipe.dtype or None).raise_if_bad()
-        return cls(recipe, pivot, targets, WeightPlan.of(recipe, mergeable_names(pivot)), report)
+        plan = cls(recipe, pivot, targets, WeightPlan.of(recipe, mergeable_names(pivot)), report)
+        for label, fingerprint in recipe.revisions.items():
+            if label in plan.labelled and plan.labelled[label].fingerprint != fingerprint:
+                raise RecipeError("this is not the checkpoint the recipe was run on", where=label,
+                                  todo="Give the same checkpoint, or remove `revisions` from the recipe.")
+        return plan
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -47,9 +52,14 @@ class MergePlan:
         return (self.pivot, *self.targets)
 
     @property
+    def labelled(self) -> dict[str, Checkpoint]:
+        """The checkpoints by the names that a recipe has for them: "pivot" and the targets' names."""
+        return dict(zip(("pivot", *self.recipe.names), self.models, strict=True))
+
+    @property
     def donor(self) -> Checkpoint:
         """The checkpoint that gives tokenizer, chat template and generation config."""
-        return dict(zip(("pivot", *self.recipe.names), self.models, strict=True))[self.recipe.donor]
+        return self.labelled[self.recipe.donor]
 
     @property
     def pools_tensors(self) -> bool:

@@ -146,11 +146,11 @@ def _count(pivot: Checkpoint, targets: Sequence[Checkpoint]):
     for target in targets:
         folder = target.folder.resolve()
         if folder in seen:
-            yield Finding("bad", target.name, "duplicate", f"The same folder is given twice ({seen[folder]} and {target.name}). "
-                          "Leave one out.", kind=RecipeError)
+            text = f"The same folder is given twice ({seen[folder]} and {target.name}). Leave one out."
+            yield Finding("bad", target.name, "duplicate", text, kind=RecipeError)
         elif target.name in names:
-            yield Finding("bad", target.name, "duplicate", f"Two models are called {target.name}. Give one of them another name.",
-                          kind=RecipeError)
+            text = f"Two models are called {target.name}. Give one of them another name."
+            yield Finding("bad", target.name, "duplicate", text, kind=RecipeError)
         seen[folder] = target.name
         names.add(target.name)
 
@@ -195,8 +195,8 @@ def _vocabulary(pivot: Checkpoint, target: Checkpoint):
     elif mine != theirs:
         odd = next((token for token, number in theirs.items() if mine.get(token) != number), None)
         odd = odd if odd is not None else next(token for token in mine if token not in theirs)
-        yield Finding("bad", target.name, "vocabulary", f"Its vocabulary differs from the pivot's ({len(theirs)} and {len(mine)} tokens; "
-                      f"the first difference is {odd!r}). {FUSE_FIRST}")
+        yield Finding("bad", target.name, "vocabulary", f"Its vocabulary differs from the pivot's ({len(theirs)} and "
+                      f"{len(mine)} tokens; the first difference is {odd!r}). {FUSE_FIRST}")
 
 
 def _rest(pivot: Checkpoint, target: Checkpoint):
@@ -221,8 +221,8 @@ def _output(out: str | os.PathLike | None, written: int, free: int):
         yield Finding("bad", "", "output", f"{out} exists already. Choose another folder; nothing is ever overwritten.",
                       kind=OutputError)
     if out is not None and written * 1.02 > free:
-        yield Finding("bad", "", "disk", f"The result needs {written / 1e9:.1f} GB, the disk of {out} has {free / 1e9:.1f} GB free. "
-                      "Free some space or choose another disk.", kind=ResourceError)
+        text = f"The result needs {written / 1e9:.1f} GB, the disk of {out} has {free / 1e9:.1f} GB free."
+        yield Finding("bad", "", "disk", f"{text} Free some space or choose another disk.", kind=ResourceError)
 
 
 def _existing(path: Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -61,7 +61,13 @@ class Recipe:
         object.__setattr__(self, "targets", tuple(str(target) for target in self.targets))
         object.__setattr__(self, "pivot", str(self.pivot))
         if not self.names:
-            object.__setattr__(self, "names", tuple(Path(target).name for target in self.targets))
+            object.__setattr__(self, "names", tuple(short_names((self.pivot, *self.targets))[1:]))
+
+    @property
+    def pivot_name(self) -> str:
+        """What the pivot is called: the shortest end of its path that no target is called by."""
+        tails = (tail for tail in _tails(self.pivot) if tail not in self.names)
+        return next(tails, "the pivot")
 
     def problems(self) -> list[str]:
         """Everything that is wrong with this recipe, in words; empty when it is valid."""
@@ -72,8 +78,11 @@ class Recipe:
             found.append("targets: there is none. Give at least one.")
         if len(self.targets) > MAX_TARGETS:
             found.append(f"targets: {len(self.targets)} are too many. Give at most {MAX_TARGETS}.")
-        if len(set(self.names)) != len(self.names) or len(self.names) != len(self.targets):
-            found.append(f"targets: every target needs a name of its own, these are {', '.join(self.names)}.")
+        twice = next((path for path, count in Counter((self.pivot, *self.targets)).items() if count > 1), None)
+        if twice:
+            found.append(f"targets: {twice} is given twice. Leave one out.")
+        elif len(set(self.names)) != len(self.names) or len(self.names) != len(self.targets) or "pivot" in self.names:
+            found.append(f"targets: every target needs a name of its own, and none may be `pivot`: {', '.join(self.names)}.")
         for label, value, known in (("method", self.method, METHODS), ("granularity", self.granularity, GRANULARITIES),
                                     ("measure", self.measure, MEASURES), ("donor", self.donor, ("pivot", *self.names)),
                                     ("dtype", self.dtype or "float32", dtypes.NAMES)):
@@ -179,6 +188,21 @@ class Recipe:
 
 
 _TYPES = {"pivot": str, "method": str, "granularity": str, "measure": str, "dtype": str, "donor": str, "allow_nonfinite": bool}
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Call every path by its shortest end that no other path shares: run-1/last and run-2/last keep their parents."""
+    tails = [list(_tails(path)) for path in paths]
+    names = []
+    for i, own in enumerate(tails):
+        others = {tail for j, theirs in enumerate(tails) if j != i for tail in theirs}
+        names.append(next((tail for tail in own if tail not in others), own[0]))
+    return names
+
+
+def _tails(path: str) -> Iterator[str]:
+    parts = [part for part in Path(path).parts if part not in ("/", ".", "..")] or [path]
+    return ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
 
 
 def _number(value: object) -> bool:

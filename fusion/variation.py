@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusion import dtypes
 from fusion.anatomy import GRANULARITIES, place
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError, RecipeError, Stopped, nearest
@@ -88,19 +87,20 @@ class Variation:
                          "relative": float(np.sqrt(self.square[:, j].sum())) / pivot}
                 for j, target in enumerate(self.targets)}
 
-    def rows(self, granularity: str = "matrix", measure: str = "square") -> list[dict]:
-        """The report as one plain dict per tensor and target."""
+    def rows(self, granularity: str = "matrix", measure: str = "square", weights: np.ndarray | None = None) -> list[dict]:
+        """The report as one plain dict per tensor and target, with the effective `weights` [T, J] where they are known."""
         means, ratios, units = self.means(granularity, measure), self.ratios(granularity, measure), self.units(granularity)
+        extra = (lambda t, j: {}) if weights is None else (lambda t, j: {"weight": float(weights[t, j])})
         return [{"tensor": name, "unit": units[t], "layer": place(name).layer, "module": place(name).module,
                  "matrix": place(name).matrix, "shape": list(self.shapes[t]), "target": target,
                  "variation": float(means[t, j]), "ratio": float(ratios[t, j]),
-                 "changed": float(self.changed[t, j] / max(self.numel[t], 1))}
+                 "changed": float(self.changed[t, j] / max(self.numel[t], 1)), **extra(t, j)}
                 for t, name in enumerate(self.names) for j, target in enumerate(self.targets)]
 
-    def to_dict(self, granularity: str = "matrix", measure: str = "square") -> dict:
+    def to_dict(self, granularity: str = "matrix", measure: str = "square", weights: np.ndarray | None = None) -> dict:
         """The report as plain data: what `--json` prints and an output folder keeps."""
         return {"granularity": granularity, "measure": measure, "targets": list(self.targets),
-                "totals": self.totals(measure), "tensors": self.rows(granularity, measure)}
+                "totals": self.totals(measure), "tensors": self.rows(granularity, measure, weights)}
 
     def _sums(self, measure: str) -> np.ndarray:
         if measure not in MEASURES:
@@ -225,7 +225,8 @@ def nonfinite(name: str, models: Sequence[Checkpoint]) -> CheckpointError:
     return CheckpointError(f"{name} becomes NaN or Inf when merged", todo="Store the result as float32 or bfloat16.")
 
 
-def gather(pivot: Checkpoint, targets: Sequence[Checkpoint], sums: dict[str, TensorSums], elements: bool = False) -> Variation:
+def gather(pivot: Checkpoint, targets: Sequence[Checkpoint], sums: dict[str, TensorSums],
+           elements: bool = False) -> Variation:
     """Put the sums of all tensors into one Variation, in the pivot's tensor order."""
     names = tuple(name for name in mergeable_names(pivot) if name in sums)
 

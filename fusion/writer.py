@@ -138,7 +138,8 @@ class CheckpointWriter:
         self._files.clear()
 
 
-def plan_shards(tensors: Sequence[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int) -> tuple[dict[str, bytes], dict[str, Slot]]:
+def plan_shards(tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+                max_shard_bytes: int) -> tuple[dict[str, bytes], dict[str, Slot]]:
     """Lay tensors out in shards of at most `max_shard_bytes` (a larger tensor has its own); returns headers and slots."""
     shards: list[list[tuple[str, str, tuple[int, ...], int]]] = [[]]
     room = max_shard_bytes
@@ -172,4 +173,5 @@ def _disk(out: Path):
     except OSError as error:
         if error.errno == 28:
             raise ResourceError("the disk is full", where=str(out), todo="Free some space; nothing was left behind.") from error
-        raise OutputError(f"cannot be written ({error.strerror})", where=str(out), todo="Choose a folder you may write to.") from error
+        raise OutputError(f"cannot be written ({error.strerror})", where=str(out),
+                          todo="Choose a folder you may write to.") from error

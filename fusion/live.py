@@ -1,0 +1,143 @@
+"""The same merge held in memory: try it at once, and after a change compute only the matrices whose weights changed.
+
+The numbers are the bytes that `merge` would write, so a saved folder answers with the same logits. Price: one model in its
+stored dtype stays in memory for the next change.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fusion import dtypes
+from fusion.errors import CheckpointError
+from fusion.methods import METHODS
+from fusion.plan import MergePlan
+from fusion.progress import Meter, Work
+from fusion.recipe import Recipe
+from fusion.variation import Variation, measure
+
+if TYPE_CHECKING:
+    from fusion.chat import ChatModel
+
+
+@dataclass(frozen=True)
+class LiveResult:
+    """A merge in memory: `tensors` name → stored numbers, effective `weights` [T, J], how many tensors were `computed`."""
+
+    plan: MergePlan
+    tensors: Mapping[str, np.ndarray]
+    weights: np.ndarray
+    computed: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors as stored."""
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+
+class LiveMerge:
+    """Remembers the last merge; `update` computes the tensors whose weights, models or dtype differ from it."""
+
+    def __init__(self):
+        self._tensors: dict[str, np.ndarray] = {}
+        self._made_of: dict[str, bytes] = {}
+
+    def update(self, recipe: Recipe, variation: Variation | None = None) -> Work[LiveResult]:
+        """Merge a recipe in memory; yields Progress, returns the LiveResult.
+
+        `variation` skips measuring when it is already known for these very checkpoints. Raises what `merge` raises.
+        """
+        plan = MergePlan.open(recipe)
+        try:
+            measured = METHODS[recipe.method].measured
+            if measured and variation is None:
+                variation = yield from measure(plan.pivot, plan.targets, elements=plan.per_element,
+                                               allow_nonfinite=recipe.allow_nonfinite)
+            ratios = plan.ratios(variation) if measured else np.zeros((len(plan.weights.names), len(plan.targets)))
+            computed = yield from self._compute(plan, ratios)
+            return LiveResult(plan, dict(self._tensors), plan.weights.table(ratios), computed)
+        finally:
+            for model in plan.models:
+                model.close()
+
+    def _compute(self, plan: MergePlan, ratios: np.ndarray) -> Work[int]:
+        number = {name: t for t, name in enumerate(plan.weights.names)}
+        models = "|".join(model.fingerprint for model in plan.models)
+        made_of = {name: _signature(plan, number.get(name), ratios, models) for name, _, _ in plan.outputs()}
+        todo = [name for name, mark in made_of.items() if self._made_of.get(name) != mark]
+        meter = Meter("Merging in memory", len(todo), "tensors", sum(map(plan.read_bytes, todo)))
+        tensors = {name: stored for name, stored in self._tensors.items() if name in made_of}
+        for name in todo:
+            tensors[name] = _tensor(plan, name, number.get(name), ratios)
+            yield meter.step(1, plan.read_bytes(name), name)
+        self._tensors, self._made_of = tensors, made_of
+        return len(todo)
+
+
+def _signature(plan: MergePlan, t: int | None, ratios: np.ndarray, models: str) -> bytes:
+    if t is None:
+        return models.encode()
+    if plan.weights.excluded[t]:
+        weights = b"pivot"
+    elif plan.per_element and np.isnan(plan.weights.given[t]).any():
+        weights = plan.recipe.measure.encode() + plan.weights.given[t].tobytes()
+    else:
+        weights = plan.weights.row(t, ratios[t]).tobytes()
+    return f"{models}|{plan.code(plan.weights.names[t])}|".encode() + weights
+
+
+def _tensor(plan: MergePlan, name: str, t: int | None, ratios: np.ndarray) -> np.ndarray:
+    info, code = plan.pivot.info[name], plan.code(name)
+    if t is None:
+        return np.frombuffer(plan.pivot.raw(name), np.uint8)
+    result = np.empty(info.numel, dtypes.stored_type(code))
+    for start, stored in plan.blocks(t, ratios[t], threading.Event()):
+        result[start:start + len(stored)] = stored
+    return result
+
+
+def chat_model(result: LiveResult, name: str) -> ChatModel:
+    """Make a merge in memory ready to chat with; the weights take the way that loading its saved folder would take.
+
+    On a CPU the weights become float32; on a GPU they keep their dtype. CheckpointError when transformers refuses it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from fusion import chat
+
+    plan, on_gpu = result.plan, torch.cuda.is_available()
+    stored = getattr(torch, dtypes.name(plan.code(plan.weights.names[0])))
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(plan.pivot.folder, **options)
+        with torch.device("meta"):  # only to learn the class, without weights
+            kind = type(AutoModelForCausalLM.from_config(config))
+        model = kind.from_pretrained(None, config=config, state_dict=state_dict(result), dtype=stored if on_gpu else torch.float32)
+        if (plan.donor.folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(plan.donor.folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(plan.donor.folder, **options)
+    except Exception as error:  # the border to transformers, which raises a dozen kinds
+        reason = str(error).replace(str(plan.pivot.folder), plan.pivot.name).split("\n")[0]
+        raise CheckpointError(f"the merge cannot be loaded ({reason})", where=name) from error
+    return chat.from_parts(model.to("cuda") if on_gpu else model, tokenizer, name)
+
+
+def state_dict(result: LiveResult) -> dict:
+    """The merged tensors as torch tensors in their stored dtype and shape; a copy, since models own their weights."""
+    import torch
+
+    def tensor(name: str, code: str, shape: tuple[int, ...]):
+        data = torch.from_numpy(np.ascontiguousarray(result.tensors[name]).view(np.uint8).copy())
+        return data.view(getattr(torch, _TORCH_NAMES[code])).reshape(shape)
+
+    return {name: tensor(name, code, shape) for name, code, shape in result.plan.outputs()}
+
+
+_TORCH_NAMES = {"BF16": "bfloat16", "F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "I32": "int32",
+                "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
