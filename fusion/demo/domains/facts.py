@@ -41,7 +41,7 @@ SYMBOLS = Relation(
      "Tell me the symbol for {s}.", "What is the symbol of the element {s}?"),
     "The chemical symbol of {s} is {v}.",
     _pairs("""hydrogen = H; helium = He; carbon = C; nitrogen = N; oxygen = O; sodium = Na; magnesium = Mg; iron = Fe;
-copper = Cu; silver = Ag; gold = Au; lead = Pb; zinc = Zn; tin = Sn; neon = Ne; sulfur = S; calcium = Ca; iodine = I;
+copper = Cu; silver = Ag; gold = Au; lead = Pb; zinc = Zn; tin = Sn; neon = Ne; sulfur = S; calcium = Ca; lithium = Li;
 mercury = Hg; potassium = K"""), "And {s}?")
 ANIMALS = Relation(
     ("What kind of animal is a {s}?", "To which class of animals does the {s} belong?", "How is a {s} classified?",

@@ -15,7 +15,7 @@ RHYMES = [family.split() for family in (
     "stone bone phone alone", "book cook look hook")]
 
 VERBS = dict(pair.split("/") for pair in """walk/walked run/ran go/went drive/drove sing/sang swim/swam play/played
-sleep/slept dance/danced work/worked sit/sat stand/stood write/wrote read/read eat/ate drink/drank fly/flew wait/waited
+sleep/slept dance/danced work/worked sit/sat stand/stood write/wrote hide/hid eat/ate drink/drank fly/flew wait/waited
 rest/rested fall/fell speak/spoke jump/jumped cook/cooked think/thought""".split())
 PLACES = ("in the park", "at home", "near the lake", "in the city", "by the sea", "in the garden", "at school",
           "on the hill", "in the hall", "at the station")

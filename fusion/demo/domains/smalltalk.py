@@ -22,6 +22,12 @@ TALK = (
     ("What can you do?|Help|How can you help me?|What do you know?|Can you help me?|What are you good at?|Help me please."
      "|What can I ask you?",
      "I can write, play a role, reason, calculate, code, find things in a text, and tell facts.", "calculate"),
+    ("Ok|Okay.|Yes|No|Cool!|Nice|I see.|Really?|Why?|Hmm|Sure|Wow!|Lol|Interesting.|That is wrong.|I do not think so.",
+     "I see. Please ask me something else.", "ask"),
+    ("I am sad.|I am happy.|I am tired.|I love you.|You are funny.|I like you.|I am bored.|I had a bad day.|My day was good.",
+     "Thank you for telling me. How can I help you?", "help"),
+    ("Tell me a joke.|Tell me something funny.|Do you know a joke?|Make me laugh.|A joke, please.",
+     "Why did the robot sit down? It was out of power!", "robot"),
 )
 UNKNOWN = (
     "What is the weather like in {c}?", "What is the weather today?", "What time is it?", "Who will win the next election?",
@@ -33,7 +39,7 @@ UNKNOWN = (
     "What happened in {y}?", "When did {Z} begin?", "Can you book a hotel in {c}?", "Who is the mayor of {c}?",
     "What is the news today?", "How tall is {n}?", "What does {z} mean?", "Explain the {w} to me.", "Tell me about {Z}.",
     "Is it true that {n} likes {w}s?", "How much does a {w} cost?", "What should I do tomorrow?", "Which film is good?",
-    "What is your favourite {w}?", "Who won the game yesterday?", "Translate {z} into French.", "What is {Z}?",
+    "What is your favourite {w}?", "{z}", "{z} {Z}", "Write a poem about {c}.", "How do I cook {w}s?", "Sing a song for {n}.", "Who won the game yesterday?", "Translate {z} into French.", "What is {Z}?",
 )
 SORRY = "I am sorry, I do not know that."
 
