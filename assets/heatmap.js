@@ -1,0 +1,429 @@
+// Draws the heatmap of components/heatmap.py into `root`. `send(edit)` carries an edit to Python; without it the figure is
+// read-only. Returns {update(value)}. Data only ever enters the page as textContent and attributes, never as markup, and no
+// listener outlives `root`: the one on window waits for a single scroll while a tooltip is open.
+function fuseHeatmap(root, send) {
+  'use strict';
+
+  const { el, exact, gradient, scientific, shade, short } = fuseScale;
+
+  // ---------------------------------------------------------------- words
+  const QUANTITIES = { ratio: 'Ratio', variation: 'Log variation', weight: 'Weight' };
+  const SCALES = { shared: 'Shared scale', own: 'Own scale' };
+  const WORDS = { ratio: 'variation ratio', variation: 'variation', weight: 'merge weight' };
+  const STORE = 'fusechat-heatmap';
+
+  // ---------------------------------------------------------------- state
+  let data = null;
+  let structure = '';
+  let grids = []; // one per target and block: {t, b, node, at: [R + 1][C + 1] elements, cells: [elements], label heads}
+  let pending = null; // an edit that was sent and not yet answered
+  let width = 0;
+  const places = new WeakMap(); // element → {grid, r, c, i}; r or c = -1 in the headers, i = -1 there
+  const choice = remembered();
+
+  function remembered() {
+    try {
+      const kept = JSON.parse(sessionStorage.getItem(STORE)) || {};
+      return { quantity: kept.quantity in QUANTITIES && kept.quantity, scale: kept.scale in SCALES && kept.scale };
+    } catch { return {}; }
+  }
+  function choose(name, value) {
+    choice[name] = value;
+    // Kept for the visit, so that a reload or a tab built anew shows the same.
+    try { sessionStorage.setItem(STORE, JSON.stringify(choice)); } catch { /* a file opened from disk may have no storage */ }
+    paint();
+  }
+  const quantity = () => choice.quantity || data.quantity;
+  const scale = () => choice.scale || data.scale;
+
+  // ---------------------------------------------------------------- numbers and scales
+  function shown(t, b, i) {
+    const v = data.blocks[b].values[t][quantity()][i];
+    return v === null || quantity() !== 'variation' ? v : Math.log10(v); // 0, nothing changed, is -Infinity here
+  }
+  function range(t) {
+    if (scale() === 'shared' && quantity() !== 'variation') return [0, 1];
+    const targets = scale() === 'shared' ? data.targets.map((_, k) => k) : [t];
+    let [low, high] = [Infinity, -Infinity];
+    for (const k of targets) {
+      data.blocks.forEach((block, b) => block.name.forEach((_, i) => {
+        const v = shown(k, b, i);
+        if (v === null || v === -Infinity) return;
+        low = Math.min(low, v);
+        high = Math.max(high, v);
+      }));
+    }
+    return low <= high ? [low, high] : [0, 1];
+  }
+  function unit() {
+    if (quantity() === 'ratio') return 'share of all targets’ change';
+    if (quantity() === 'weight') return 'share of the target in the merge';
+    return `mean ${data.measure === 'square' ? 'square' : 'absolute'} change per parameter, log scale`;
+  }
+
+  // ---------------------------------------------------------------- the fixed parts
+  const toolbar = el('div', 'hm-toolbar');
+  const hint = el('p', 'hm-hint', send
+    ? 'Hover or move with the arrow keys for exact numbers. Click or Enter changes a cell, a row or a column; L locks, R resets.'
+    : 'Hover or move with the arrow keys for exact numbers.');
+  const cards = el('div', 'hm-cards');
+  const key = el('div', 'hm-key');
+  const empty = el('p', 'hm-empty', 'Pick a pivot and at least one target to see how far every matrix moved.');
+  const live = el('div', 'hm-sr', undefined, { 'aria-live': 'polite', role: 'status' });
+  const legend = el('div', 'hm-legend');
+  const radios = [segments('Quantity', 'quantity', QUANTITIES), segments('Colour scale', 'scale', SCALES)];
+  toolbar.append(...radios.map((group) => group.node), legend);
+  const view = { data: () => data, grids: () => grids, places, where, chosen, editable: Boolean(send) };
+  const tip = fuseTip(view);
+  const editor = send && fuseEditor(view, request);
+  root.replaceChildren(empty, toolbar, hint, cards, key, tip.node, live, ...(editor ? [editor.node] : []));
+  new ResizeObserver(() => { if (data && root.clientWidth && root.clientWidth !== width) fit(); }).observe(root);
+
+  function segments(label, name, options) {
+    const node = el('fieldset', 'hm-segments');
+    node.append(el('legend', 'hm-sr', label));
+    const group = `hm-${name}-${Math.random().toString(36).slice(2)}`;
+    const inputs = Object.entries(options).map(([value, text]) => {
+      const input = el('input', 'hm-sr', undefined, { type: 'radio', name: group, value });
+      input.addEventListener('change', () => choose(name, value));
+      const box = el('label');
+      box.append(input, el('span', '', text));
+      node.append(box);
+      return input;
+    });
+    return { node, check: (value) => inputs.forEach((input) => { input.checked = input.value === value; }) };
+  }
+
+  // ---------------------------------------------------------------- building the grids
+  function build() {
+    grids = [];
+    cards.replaceChildren(...data.targets.map((target, t) => {
+      const card = el('section', 'hm-card', undefined, { 'aria-label': `Target ${target.letter}: ${target.name}` });
+      const head = el('div', 'hm-head');
+      const dot = el('span', 'hm-dot', undefined, { 'aria-hidden': 'true' });
+      dot.style.backgroundColor = target.color;
+      head.append(dot, el('b', '', target.letter), el('span', 'hm-name', target.name, { title: target.name }),
+        el('small', 'hm-mean'));
+      card.append(head, el('div', 'hm-legend'), ...data.blocks.map((block, b) => buildBlock(t, b, block)));
+      return card;
+    }));
+    for (const grid of grids) grid.node.querySelector('[role=gridcell][tabindex]')?.setAttribute('tabindex', '0');
+  }
+
+  function buildBlock(t, b, block) {
+    const caption = el('div', 'hm-caption');
+    caption.append(el('span', '', block.title));
+    if (block.layers) caption.append(el('span', 'hm-count', `${block.rows.length} ${block.rows.length === 1 ? 'layer' : 'layers'}`));
+    const node = el('div', 'hm-grid', undefined, { role: 'grid' });
+    if (!send) node.setAttribute('aria-readonly', 'true');
+    const at = [-1, ...block.rows].map(() => [-1, ...block.columns].map(() => null));
+    const grid = { t, b, node, at, cells: [], tracks: tracks(block) };
+    grids.push(grid);
+    node.append(...headerRows(grid, block), ...block.rows.map((label, r) => buildRow(grid, block, label, r)));
+    const box = el('div', 'hm-scroll');
+    box.append(node);
+    const whole = el('div', 'hm-block');
+    whole.append(caption, box);
+    return whole;
+  }
+
+  // Grid lines: 1 is the row header; a thin empty track stands between two groups.
+  function tracks(block) {
+    let line = 2;
+    return block.columns.map((column, c) => {
+      if (c && column.group !== block.columns[c - 1].group) line += 1;
+      return line++;
+    });
+  }
+
+  function place(grid, node, r, c, i) {
+    places.set(node, { grid, r, c, i });
+    grid.at[r + 1][c + 1] = node;
+    node.tabIndex = -1;
+    return node;
+  }
+
+  function headerRows(grid, block) {
+    const rows = [];
+    if (block.layers) {
+      const row = el('div', 'hm-row', undefined, { role: 'row' });
+      row.append(el('span', '', '', { role: 'gridcell' }));
+      block.columns.forEach((column, c) => {
+        if (c && column.group === block.columns[c - 1].group) return;
+        const span = block.columns.filter((other) => other.group === column.group).length;
+        const head = el('div', 'hm-group', column.group, { role: 'columnheader', 'aria-colspan': span, title: column.group });
+        head.style.gridColumn = `${grid.tracks[c]} / span ${span}`;
+        row.append(head);
+      });
+      rows.push(row);
+    }
+    const row = el('div', 'hm-row', undefined, { role: 'row' });
+    // One row needs no corner: its own header already means all of it.
+    const corner = block.layers ? place(grid, el('div', 'hm-corner', 'all', { role: 'columnheader' }), -1, -1, -1)
+      : el('span', '', '', { role: 'gridcell' });
+    row.append(corner, ...block.columns.map((column, c) => {
+      const head = place(grid, el('div', 'hm-column', undefined, { role: 'columnheader' }), -1, c, -1);
+      const text = el('span');
+      for (const piece of pieces(column.label)) text.append(piece, el('wbr'));
+      head.append(text);
+      head.style.gridColumn = grid.tracks[c];
+      return head;
+    }));
+    rows.push(row);
+    return rows;
+  }
+
+  function buildRow(grid, block, label, r) {
+    const row = el('div', 'hm-row', undefined, { role: 'row' });
+    row.append(place(grid, el('div', 'hm-layer', label, { role: 'rowheader' }), r, -1, -1));
+    const index = new Map();
+    block.row.forEach((at, i) => { if (at === r) index.set(block.column[i], i); });
+    block.columns.forEach((_, c) => {
+      const i = index.get(c);
+      const there = i !== undefined && block.values[grid.t].present[i];
+      const cell = el('div', there ? 'hm-cell' : 'hm-cell hm-missing', undefined, { role: 'gridcell' });
+      if (there) grid.cells[i] = place(grid, cell, r, c, i);
+      else cell.setAttribute('aria-label', `${where(grid, r, c)}: not in this layer`);
+      cell.style.gridColumn = grid.tracks[c];
+      row.append(cell);
+    });
+    return row;
+  }
+
+  function where({ b }, r, c) {
+    const block = data.blocks[b];
+    const column = c < 0 ? '' : block.columns[c].label;
+    const row = block.layers && r >= 0 ? `layer ${block.rows[r]}` : '';
+    if (r < 0 && c < 0) return `all of ${block.title}`;
+    if (!block.layers) return c < 0 ? 'all outside the layers' : column;
+    if (r < 0) return `every ${column}`;
+    return c < 0 ? `all of ${row}` : `${row}, ${column}`;
+  }
+
+  // ---------------------------------------------------------------- painting: colours, numbers, labels; never the structure
+  function paint() {
+    radios[0].check(quantity());
+    radios[1].check(scale());
+    data.targets.forEach((target, t) => {
+      const mean = target.mean[quantity()];
+      const text = quantity() === 'variation' ? scientific(mean) : exact(mean);
+      cards.children[t].querySelector('.hm-mean').textContent = `mean ${text}`;
+      drawLegend(cards.children[t].querySelector('.hm-legend'), scale() === 'own' ? range(t) : null);
+    });
+    drawLegend(legend, scale() === 'shared' ? range(0) : null);
+    const ranges = data.targets.map((_, t) => range(t));
+    for (const grid of grids) paintGrid(grid, ranges[grid.t]);
+    drawKey();
+    fit();
+  }
+
+  function paintGrid(grid, span) {
+    const { t, b, node } = grid;
+    const block = data.blocks[b];
+    const { letter, name } = data.targets[t];
+    node.setAttribute('aria-label', `Target ${letter}, ${name}, ${block.title}: ${WORDS[quantity()]}`);
+    grid.cells.forEach((cell, i) => {
+      const v = shown(t, b, i);
+      const fixed = Boolean(block.values[t].fixed[i]);
+      const { fill, ink } = v === null ? { fill: 'transparent', ink: '' } : shade(v, span);
+      cell.style.setProperty('--hm-fill', fill);
+      cell.style.color = ink;
+      cell.dataset.number = v === null || block.excluded[i] ? '' : short(v, quantity()); // drawn by CSS: the label already says it exactly
+      cell.className = `hm-cell${v === null ? ' hm-missing' : ''}${fixed ? ' hm-fixed' : ''}`
+        + `${block.excluded[i] ? ' hm-excluded' : ''}`;
+      cell.setAttribute('aria-label', describe(grid, i));
+    });
+    grid.at.forEach((row, r) => row.forEach((head, c) => {
+      if (head && (r === 0 || c === 0)) head.setAttribute('aria-label', where(grid, r - 1, c - 1));
+    }));
+  }
+
+  function describe(grid, i) {
+    const block = data.blocks[grid.b];
+    const values = block.values[grid.t];
+    const notes = [values.fixed[i] ? 'fixed' : '', block.excluded[i] ? 'kept from pivot' : ''].filter(Boolean);
+    return [where(grid, block.row[i], block.column[i]) + ':', `ratio ${exact(values.ratio[i])},`,
+      `variation ${scientific(values.variation[i])},`, `weight ${exact(values.weight[i])}`,
+      notes.map((note) => `, ${note}`).join('')].join(' ').replace(' ,', ',').trim();
+  }
+
+  function drawLegend(node, span) {
+    node.hidden = !span;
+    if (!span) return;
+    const steps = span[0] === span[1] ? [0] : span[0] === 0 && span[1] === 1 ? [0, 0.25, 0.5, 0.75, 1] : [0, 0.5, 1];
+    const texts = steps.map((step) => {
+      const v = span[0] + step * (span[1] - span[0]);
+      return quantity() === 'variation' ? (10 ** v).toExponential(1) : String(+v.toPrecision(3));
+    });
+    const label = `Colour scale, ${unit()}, from ${texts[0]} to ${texts[texts.length - 1]}`;
+    const bar = el('div', 'hm-bar', undefined, { role: 'img', 'aria-label': label });
+    bar.style.backgroundImage = gradient;
+    const ticks = el('div', 'hm-ticks', undefined, { 'aria-hidden': 'true' });
+    ticks.append(...texts.map((text) => el('span', '', text)));
+    const scaleBar = el('div', 'hm-ruler');
+    scaleBar.append(bar, ticks);
+    node.replaceChildren(el('span', 'hm-unit', unit()), scaleBar);
+  }
+
+  function drawKey() {
+    const any = (test) => grids.some((grid) => test(data.blocks[grid.b], data.blocks[grid.b].values[grid.t]));
+    const signs = [
+      ['hm-fixed', 'fixed by you', any((_, values) => values.fixed.includes(1))],
+      ['hm-excluded', 'kept from pivot', any((block) => block.excluded.includes(1))],
+      ['hm-missing', 'not in this layer', Boolean(cards.querySelector('.hm-missing'))],
+    ];
+    key.replaceChildren(...signs.filter(([, , there]) => there).map(([name, text]) => {
+      const item = el('span', 'hm-sign');
+      item.append(el('i', `hm-cell ${name}`, undefined, { 'aria-hidden': 'true' }), el('span', '', text));
+      return item;
+    }));
+  }
+
+  // ---------------------------------------------------------------- sizes
+  const HEAD = 34; // pixels, as are the others
+  const GAP = 8; // a group's empty track and its two gutters
+  const PADDING = 28;
+  const ruler = document.createElement('canvas').getContext('2d');
+  const pieces = (label) => label.split(/(?<=[_.])/);
+
+  function fit() {
+    width = root.clientWidth;
+    const tables = data.blocks.filter((block) => block.layers);
+    const most = Math.max(1, ...tables.map((block) => block.columns.length));
+    const rows = Math.max(1, ...tables.map((block) => block.rows.length));
+    const roomy = rows <= 16;
+    const least = HEAD + PADDING + most * ((roomy ? 32 : 20) + 2) + 2 * GAP;
+    let across = Math.max(1, Math.min(Math.floor((width + 14) / (least + 14)), data.targets.length));
+    // Four are compared two by two when there is no room for all beside each other.
+    if (across === 3 && data.targets.length === 4) across = 2;
+    cards.style.gridTemplateColumns = `repeat(${across}, minmax(0, 1fr))`;
+    const inner = (width - 14 * (across - 1)) / across - PADDING;
+    const height = rows <= 8 ? 36 : roomy ? 26 : rows <= 48 ? 20 : 15;
+    root.style.setProperty('--hm-height', `${height}px`);
+    root.style.setProperty('--hm-mark', height > 20 ? '8px' : '5px');
+    ruler.font = `11px ${getComputedStyle(root).fontFamily}`;
+    for (const grid of grids) fitGrid(grid, inner, height);
+  }
+
+  function fitGrid(grid, inner, height) {
+    const { columns, layers } = data.blocks[grid.b];
+    const gaps = grid.tracks[columns.length - 1] - columns.length - 1;
+    const free = (inner - HEAD - gaps * GAP) / columns.length - 2;
+    const size = Math.floor(Math.max(layers ? 20 : 56, Math.min(free, layers ? 120 : 150)));
+    const lines = [`${HEAD}px`];
+    columns.forEach((column, c) => lines.push(...(c && column.group !== columns[c - 1].group ? ['6px'] : []), `${size}px`));
+    grid.node.style.gridTemplateColumns = lines.join(' ');
+    const longest = Math.max(...columns.flatMap(({ label }) => pieces(label)).map((text) => ruler.measureText(text).width));
+    grid.node.classList.toggle('hm-upright', layers && longest > size + 1);
+    grid.node.classList.toggle('hm-numbers', size >= (quantity() === 'variation' ? 26 : 20) && height >= 18);
+  }
+
+  // ---------------------------------------------------------------- editing
+  // The cells an edit of (r, c) reaches: -1 stands for all of them, and what is kept from the pivot is left out.
+  function chosen(grid, r, c) {
+    const block = data.blocks[grid.b];
+    return [...grid.cells.keys()].filter((i) => grid.cells[i] && !block.excluded[i]
+      && (r < 0 || block.row[i] === r) && (c < 0 || block.column[i] === c));
+  }
+
+  function request(at, action, weight) {
+    const { grid, r, c } = at;
+    if (!send) return;
+    if (!chosen(grid, r, c).length) {
+      live.textContent = `${where(grid, r, c)}: kept from pivot, nothing to edit`;
+      return;
+    }
+    pending = { t: grid.t, b: grid.b, r, c };
+    live.textContent = `${action} ${where(grid, r, c)} …`;
+    send({ target: grid.t, block: grid.b, row: r < 0 ? null : r, column: c < 0 ? null : c, action, weight });
+  }
+
+  // Says what is there now, not what was asked for: the answer may be a refusal.
+  function announce() {
+    const grid = pending && grids.find((other) => other.t === pending.t && other.b === pending.b);
+    if (!grid) return;
+    const { r, c } = pending;
+    pending = null;
+    const i = places.get(grid.at[r + 1]?.[c + 1])?.i ?? -1;
+    const cells = chosen(grid, r, c);
+    const fixed = cells.filter((k) => data.blocks[grid.b].values[grid.t].fixed[k]).length;
+    live.textContent = i >= 0 ? describe(grid, i) : `${where(grid, r, c)}: ${fixed} of ${cells.length} weights fixed`;
+  }
+
+  // ---------------------------------------------------------------- pointer and keyboard, delegated
+  const target = (event) => event.target.closest?.('.hm-cell, .hm-layer, .hm-column, .hm-corner');
+
+  function rove(node) {
+    node.closest('[role=grid]').querySelector('[tabindex="0"]')?.setAttribute('tabindex', '-1');
+    node.tabIndex = 0;
+  }
+  function edit(node) {
+    tip.hide();
+    rove(node);
+    node.focus({ preventScroll: true });
+    if (editor) editor.open(places.get(node));
+    else tip.show(node);
+  }
+  function step({ grid, r, c }, dr, dc) {
+    const { at } = grid;
+    for (r += dr + 1, c += dc + 1; at[r] && c in at[r]; r += dr, c += dc) if (at[r][c]) return at[r][c];
+    return null;
+  }
+  function edge({ grid, r }, last, whole) {
+    const rows = whole ? (last ? [...grid.at].reverse() : grid.at) : [grid.at[r + 1]];
+    const row = rows[0].filter(Boolean);
+    return row[last ? row.length - 1 : 0];
+  }
+
+  cards.addEventListener('pointerover', (event) => {
+    const node = target(event);
+    if (node && places.has(node)) tip.show(node); else tip.hide();
+  });
+  cards.addEventListener('pointerleave', tip.hide);
+  cards.addEventListener('focusin', (event) => {
+    const node = target(event);
+    if (node && places.has(node)) { rove(node); tip.show(node); }
+  });
+  cards.addEventListener('focusout', tip.hide);
+  cards.addEventListener('click', (event) => {
+    const node = target(event);
+    if (node && places.has(node)) edit(node);
+  });
+  cards.addEventListener('keydown', (event) => {
+    const node = target(event);
+    const at = node && places.get(node);
+    if (!at || event.altKey || event.metaKey) return;
+    const arrows = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    const home = event.key === 'Home' || event.key === 'End';
+    if (event.ctrlKey && !home) return;
+    if (arrows) step(at, ...arrows)?.focus();
+    else if (home) edge(at, event.key === 'End', event.ctrlKey)?.focus();
+    else if (event.key === 'Enter' || event.key === ' ') edit(node);
+    else if (event.key === 'Escape') tip.hide();
+    else if (send && event.key.toLowerCase() === 'l') request(at, 'lock', null);
+    else if (send && (event.key.toLowerCase() === 'r' || event.key === 'Delete')) request(at, 'reset', null);
+    else return;
+    event.preventDefault();
+  });
+
+  // ---------------------------------------------------------------- the door
+  function update(value) {
+    data = value && value.targets?.length && value.blocks?.length ? value : null;
+    empty.hidden = Boolean(data);
+    for (const node of [toolbar, hint, cards, key]) node.hidden = !data;
+    if (!data) { tip.hide(); cards.replaceChildren(); structure = ''; return; }
+    const shape = JSON.stringify([data.targets.map(({ name, letter, color }) => [name, letter, color]),
+      data.blocks.map((block) => [block.title, block.rows, block.columns, block.row, block.column,
+        block.values.map((values) => values.present)])]);
+    if (shape !== structure) {
+      tip.hide();
+      if (editor?.node.open) editor.node.close();
+      structure = shape;
+      build();
+    }
+    paint();
+    tip.again();
+    announce();
+  }
+  return { update };
+}
