@@ -18,10 +18,11 @@ _KINDS = (
     ("norm", re.compile(r"norm|^ln($|_|\d)|(^|_)ln($|_)")),
     ("attention", re.compile(r"attn|attention|^(mixer|mamba|ssm|linear_attn)$")),
     ("mlp", re.compile(r"mlp|ffn|feed_?forward|moe|expert|^fc\d?$|^(w1|w2|w3)$")),
-    ("embedding", re.compile(r"embed_?tokens|embed_in|embeddings?$|^(wte|wpe|embd)$|tok_embeddings|word_embeddings")),
+    ("embedding", re.compile(r"embed_?(tokens|positions|in$)|embeddings?$|^(wte|wpe|embd)$|tok_embeddings|word_embeddings")),
     ("head", re.compile(r"^(lm_head|embed_out|output|score|classifier)$")),
 )
 _PARAMETER = re.compile(r"\.(weight|bias)$")
+_WHOLE = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,14 @@ class Place:
 def place(name: str) -> Place:
     """Return the Place of a tensor name, for any architecture."""
     parts = _PARAMETER.sub(lambda m: ".bias" if m[1] == "bias" else "", name).split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdecimal() and i > 0), None)
+    number = next((i for i, part in enumerate(parts) if i > 0 and _WHOLE.fullmatch(part)), None)
     if number is None or number == len(parts) - 1:
         return _outside(parts)
     inside = parts[number + 1:]
     module = inside[0]
     matrix = ".".join(inside[1:]) if len(inside) > 1 and inside[1:] != ["bias"] else ".".join(inside)
-    return Place(".".join(parts[:number]), int(parts[number]), module, matrix, _kind(inside))
+    kind = _kind(inside)
+    return Place(".".join(parts[:number]), int(parts[number]), module, matrix, "other" if kind == "head" else kind)
 
 
 def _outside(parts: list[str]) -> Place:

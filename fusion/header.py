@@ -15,6 +15,7 @@ from fusion.dtypes import ITEM_BYTES
 from fusion.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_RANK = 32
 _BROKEN = "Download or save this file again."
 
 
@@ -58,6 +59,7 @@ def read_header(path: Path) -> list[TensorInfo]:
 def _parse(text: bytes, path: Path) -> dict:
     def unique(pairs):
         names = dict(pairs)
+        "".join(names).encode()  # half a surrogate pair is no text
         if len(names) != len(pairs):
             raise ValueError("a name occurs twice")
         return names
@@ -73,13 +75,13 @@ def _parse(text: bytes, path: Path) -> dict:
 
 def _tensor(name: str, entry: object, path: Path, data_start: int) -> TensorInfo:
     def whole(numbers: object) -> bool:
-        return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+        return isinstance(numbers, list) and len(numbers) <= MAX_RANK and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
 
     where = f"{path.name}: {name}"
     if not isinstance(entry, dict) or not whole(entry.get("shape")) or not whole(entry.get("data_offsets")):
         raise CheckpointError("the header does not say shape and offsets", where=where, todo=_BROKEN)
     dtype, offsets = entry.get("dtype"), entry["data_offsets"]
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(f"unknown dtype {dtype!r}", where=where, todo="Save the checkpoint as float32, float16 or bfloat16.")
     shape = tuple(entry["shape"])
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
