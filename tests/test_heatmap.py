@@ -17,11 +17,12 @@ HOSTILE = "<img src=x onerror=alert(1)>${alert(1)}</script>{{x}}"
 
 
 def grid(tensors, targets=("Maths", "Code"), shape=(4, 2)):
-    """A grid whose ratios are 1/4 and 3/4 for the first two targets, variation 1e-6 × (1, 2 … per tensor)."""
+    """A grid with ratios 1/4 and 3/4 and weights 0.4 and 0.6 of two targets, and variation 1e-6 × (1, 2 … per tensor)."""
     n, j = len(tensors), len(targets)
+    weight = np.tile(np.array([0.4, 0.6, 0.5, 0.5][:j]), (n, 1))
     ratio = np.tile(np.array([0.25, 0.75, 0.5, 0.5][:j]), (n, 1))
     variation = np.tile(np.arange(1, n + 1)[:, None] * 1e-6, (1, j))
-    return Grid(tuple(targets), tuple(tensors), (shape,) * n, ratio, variation, ratio.copy(), np.zeros((n, j), bool),
+    return Grid(tuple(targets), tuple(tensors), (shape,) * n, ratio, variation, weight, np.zeros((n, j), bool),
                 np.zeros(n, bool))
 
 
@@ -232,6 +233,7 @@ def served():
         view = heatmap(None)
         view.edit(on_edit, None, view, show_progress="hidden")
         gr.Button("fill").click(lambda: state.fresh(), None, view)
+        gr.Button("wide").click(lambda: state.fresh([f"model.layers.0.mlp.m{n}.weight" for n in range(22)]), None, view)
         gr.Button("hostile").click(
             lambda: state.fresh([f"model.layers.0.mlp.{HOSTILE}.weight"], (HOSTILE, "B")), None, view)
     _, state.url, _ = demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
@@ -281,8 +283,8 @@ def test_hover_and_focus_show_the_exact_numbers(page):
     tip = page.get_by_role("tooltip")
     cell(page, "layer 0, k_proj:").hover()
     assert "model.layers.0.self_attn.k_proj.weight" in tip.inner_text() and "4 × 2" in tip.inner_text()
-    assert re.search(r"A Maths\s+0\.25\s+4\.0000e-6\s+0\.25", tip.inner_text())
-    assert re.search(r"B Code\s+0\.75", tip.inner_text())
+    assert re.search(r"A Maths\s+0\.25\s+4\.0000e-6\s+0\.4\b", tip.inner_text())
+    assert re.search(r"B Code\s+0\.75\s+4\.0000e-6\s+0\.6", tip.inner_text())
     page.mouse.move(2, 2)
     assert not tip.is_visible()
     cell(page, "layer 0, q_proj:").focus()
@@ -357,14 +359,16 @@ def test_one_tab_stop_per_grid_and_kept_from_pivot_is_not_edited(page, served):
 
 
 @pytest.mark.browser
-def test_quantity_and_scale_are_switched_here_and_survive_an_update(page):
+def test_quantity_and_scale_are_switched_here_and_survive_an_update(page, served):
     page.get_by_text("Log variation").click()
     page.get_by_text("Own scale").click()
     first = cell(page, "layer 0, q_proj:")
     assert first.get_attribute("data-number") == "−5.5"  # log10 of 3e-6
     assert page.locator(".hm-card .hm-legend:visible").count() == 2
-    page.get_by_role("button", name="fill").click()
-    page.wait_for_timeout(300)
+    first.focus()
+    page.keyboard.press("l")
+    settled(served, page)
+    assert first.get_attribute("data-number") == "−5.5"
     assert page.get_by_role("radio", name="Log variation").is_checked()
     assert page.get_by_role("radio", name="Own scale").is_checked()
 
@@ -384,7 +388,10 @@ def test_hostile_names_are_shown_as_text(page):
 @pytest.mark.browser
 def test_narrow_page_scrolls_inside_the_block_only(page):
     page.set_viewport_size({"width": 400, "height": 800})
-    page.wait_for_function("document.querySelector('.hm-cards').style.gridTemplateColumns.startsWith('repeat(1,')")
+    page.get_by_role("button", name="wide").click()
+    page.get_by_text("m21", exact=True).first.wait_for()
+    assert page.evaluate("document.querySelector('.hm-cards').style.gridTemplateColumns").startswith("repeat(1,")
+    assert page.evaluate("(box => box.scrollWidth > box.clientWidth)(document.querySelector('.hm-scroll'))")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
