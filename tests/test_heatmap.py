@@ -391,7 +391,7 @@ def test_narrow_page_scrolls_inside_the_block_only(page):
     page.get_by_role("button", name="wide").click()
     page.get_by_text("m21", exact=True).first.wait_for()
     assert page.evaluate("document.querySelector('.hm-cards').style.gridTemplateColumns").startswith("repeat(1,")
-    assert page.evaluate("(box => box.scrollWidth > box.clientWidth)(document.querySelector('.hm-scroll'))")
+    assert page.evaluate("(box => { box.scrollLeft = 40; return box.scrollLeft; })(document.querySelector('.hm-scroll'))") == 40
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
