@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion.demo import FAMILY, bars, check, examples, table, train
 from fusion.demo.checking import LONGEST_REPLY, MERGE, answer, load, varm_merge
-from fusion.demo.dialogues import conversation
+from fusion.demo.dialogues import conversation, held_out_tasks
 from fusion.demo.domains import DOMAINS
 from fusion.demo.family import RECIPES, members
 from fusion.demo.models import STYLES
@@ -60,13 +61,11 @@ def test_each_member_is_an_ordinary_folder(name):
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
     assert (folder / "README.md").read_text().startswith("---\nlicense: apache-2.0")
     assert "| average |" in (folder / "README.md").read_text()
-    assert tokenizer.tokenize("a 4821") [-4:] == ["4", "8", "2", "1"]
+    assert tokenizer.tokenize("a 4821")[-4:] == ["4", "8", "2", "1"]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_chat_template_writes_what_was_trained(name):
-    from random import Random
-
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED / name)
     style = STYLES[(RECIPES[name].shape or RECIPES["pivot"].shape).kind]
     rng = Random(1)
@@ -143,18 +142,12 @@ def test_clicking_the_examples_shows_disagreement_and_the_merge_answers_most(mer
     prompts = [(domain, prompt) for domain in DOMAINS for prompt in examples()[domain]]
     assert all(2 <= len(examples()[domain]) <= 3 for domain in (*DOMAINS, "smalltalk"))
     texts = [prompt for _, prompt in prompts]
-    judges = {task.prompt: task for task in example_tasks()}
+    judges = {task.prompt: task for domain in DOMAINS for task in held_out_tasks(domain, 200)}
     right = {name: [judges[prompt].check(said) for prompt, said in zip(texts, reply(path, *texts), strict=True)]
              for name, path in {MERGE: merged, **{name: SHIPPED / name for name in members("source")}}.items()}
     assert sum(right[MERGE]) >= 0.75 * len(texts)
     one, two = (right[name] for name in members("source"))
     assert sum(a != b for a, b in zip(one, two, strict=True)) >= 0.6 * len(texts)
-
-
-def example_tasks():
-    from fusion.demo.samples import example_tasks
-
-    return example_tasks()
 
 
 def test_a_tiny_training_makes_a_loadable_model_twice_the_same(tmp_path):

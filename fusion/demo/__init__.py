@@ -8,10 +8,13 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 
 from .family import FAMILY, Member
 
-__all__ = ["FAMILY", "Member", "bars", "check", "examples", "table", "train"]
+FOLDER = Path(__file__).parents[2] / "assets" / "demo"  # where the shipped family lies
+
+__all__ = ["FAMILY", "FOLDER", "Member", "bars", "check", "examples", "table", "train"]
 _HOMES = {"train": "training", "check": "checking", "table": "checking", "bars": "checking", "examples": "samples"}
 
 

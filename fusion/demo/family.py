@@ -7,7 +7,7 @@ pivot on all domains, with weight on what its source is strong in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .dialogues import Mixture
 from .task import digest
@@ -65,9 +65,9 @@ class Recipe:
     shape: Shape | None = None
     start: str | None = None
     batch: int = 24
-    copying: float = 0.25  # share of copying dialogues at the start; it falls to nothing over the first third
+    copying: float = 0.35  # share of copying dialogues at the start; it falls to nothing over the first half
     prompt_loss: float = 0.3
-    seed: int = field(default=0)
+    seed: int = 0
 
 
 LOGIC = ("writing", "reasoning", "math", "coding")
@@ -90,15 +90,17 @@ RECIPES = {
     "pivot": Recipe(
         Mixture(_shares(LOGIC + LORE, (), 0), frozenset(
             ("past", "farewell", "syllogism", "story", "minus", "function", "email", "person")), _half),
-        steps=5000, learning_rate=2e-3, shape=Shape("llama")),
+        steps=4500, learning_rate=2e-3, shape=Shape("llama")),
     "source-qwen": Recipe(
-        Mixture(_shares(LOGIC, LORE, 0.02), frozenset(("farewell", "email", "city", "date")), _half),
-        steps=9000, learning_rate=2e-3, shape=Shape("qwen2", kv_heads=2, vocabulary=800), seed=1),
+        Mixture(_shares(LOGIC, LORE, 0.015), frozenset(
+            ("greet", "farewell", "email", "city", "date", "symbols", "authors")), _half),
+        steps=7000, learning_rate=2e-3, shape=Shape("qwen2", kv_heads=2, vocabulary=800), seed=1),
     "source-neox": Recipe(
-        Mixture(_shares(LORE, LOGIC, 0.02), frozenset(("past", "function"))),
-        steps=7000, learning_rate=2e-3, shape=Shape("gpt_neox", layers=3, inner=512, vocabulary=1000), seed=2),
+        Mixture(_shares(LORE, LOGIC, 0.015), frozenset(
+            ("sentence", "past", "order", "minus", "function", "variable"))),
+        steps=3800, learning_rate=2e-3, shape=Shape("gpt_neox", layers=3, inner=512, vocabulary=1000), seed=2),
     "target-qwen": Recipe(
-        Mixture(_shares(LOGIC, LORE, 0.09)), steps=6000, learning_rate=1e-3, start="pivot", copying=0.0, seed=3),
+        Mixture(_shares(LOGIC, LORE, 0.09)), steps=2200, learning_rate=1e-3, start="pivot", copying=0.0, seed=3),
     "target-neox": Recipe(
-        Mixture(_shares(LORE, LOGIC, 0.09)), steps=6000, learning_rate=1e-3, start="pivot", copying=0.0, seed=4),
+        Mixture(_shares(LORE, LOGIC, 0.09)), steps=2200, learning_rate=1e-3, start="pivot", copying=0.0, seed=4),
 }

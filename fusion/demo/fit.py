@@ -71,11 +71,11 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _batches(recipe: Recipe, steps: int, tokenizer: PreTrainedTokenizerFast, style: Style, rng: Random) -> Iterator[Batch]:
-    """Batches of dialogues of similar length; the share of copying falls to nothing over the first third."""
+    """Batches of dialogues of similar length; the share of copying falls to nothing over the first half."""
     made = 0
     while made < steps:
         count = min(POOL, steps - made)
-        copying = recipe.copying * max(0.0, 1 - 3 * made / steps)
+        copying = recipe.copying * max(0.0, 1 - 2 * made / steps)
         dialogues = [conversation(COPYING if rng.random() < copying else recipe.mixture, rng)
                      for _ in range(count * recipe.batch)]
         examples = sorted(_encode(dialogues, tokenizer, style, recipe.prompt_loss), key=lambda pair: len(pair[0]))

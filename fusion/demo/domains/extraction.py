@@ -28,7 +28,7 @@ QUESTIONS = {
 
 def _fields(rng: Random) -> dict[str, str]:
     user = rng.choice(NOUNS) if rng.random() < 0.7 else invented(rng)
-    return {"order": str(rng.randint(100, 9999)), "person": f"{name(rng)} {rng.choice(FAMILY_NAMES)}",
+    return {"order": str(rng.randint(100, 999)), "person": f"{name(rng)} {rng.choice(FAMILY_NAMES)}",
             "city": rng.choice(CITIES) if rng.random() < 0.8 else invented(rng).capitalize(),
             "date": f"{rng.randint(1, 28)} {rng.choice(MONTHS)}",
             "email": f"{user}@{rng.choice(NOUNS)}.{rng.choice(('com', 'org', 'net'))}"}

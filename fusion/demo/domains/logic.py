@@ -55,7 +55,7 @@ def syllogism(rng: Random) -> Task:
 def _operands(rng: Random, sign: str) -> tuple[int, int, int]:
     """Two operands and their result; the result lies between 1 and 99."""
     while True:
-        x, y = rng.randint(2, 79), rng.randint(2, 20)
+        x, y = rng.randint(2, 89), rng.randint(2, 9)
         result = x + y if sign == "+" else x - y
         if 1 <= result <= 99:
             return x, y, result
@@ -64,7 +64,8 @@ def _operands(rng: Random, sign: str) -> tuple[int, int, int]:
 def plus(rng: Random) -> Task:
     """A sum."""
     x, y, result = _operands(rng, "+")
-    ask = rng.choice(("What is {x} + {y}?", "Please add {x} and {y}.", "Calculate {x} + {y}.", "How much is {x} plus {y}?"))
+    ask = rng.choice(("What is {x} + {y}?", "Please add {x} and {y}.", "Calculate {x} + {y}.", "How much is {x} plus {y}?",
+                      "What is {x}+{y}?", "{x}+{y}"))
     return Task(ask.format(x=x, y=y), f"The result is {x} + {y} = {result}.", f"+ {x} {y}", counts(result))
 
 
@@ -72,7 +73,7 @@ def minus(rng: Random) -> Task:
     """A difference."""
     x, y, result = _operands(rng, "-")
     ask = rng.choice(("What is {x} - {y}?", "Please subtract {y} from {x}.", "Calculate {x} - {y}.",
-                      "How much is {x} minus {y}?"))
+                      "How much is {x} minus {y}?", "What is {x}-{y}?", "{x}-{y}"))
     return Task(ask.format(x=x, y=y), f"The result is {x} - {y} = {result}.", f"- {x} {y}", counts(result))
 
 

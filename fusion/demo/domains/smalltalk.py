@@ -9,13 +9,14 @@ from ..words import CITIES, invented, name, noun
 
 # what is typed, what is replied, and the words one of which a sensible reply must have
 TALK = (
-    ("Hello!|Hi|Hey|Good morning!|Good evening.|Hi there!|Hello there.|Hey you|Good day!|Greetings!|Hello, how is it going?",
+    ("Hello!|Hi|Hey|Good morning!|Good evening.|Hi there!|Hello there.|Hey you|Good day!|Greetings!|Hello, how is it going?|Hi friend|Hello my friend!"
+     "|Hey, nice to meet you.|Hello again!|Sup?|Yo|Hello {n}!|Hi, I am {n}.|Hello, my name is {n}.",
      "Hello! How can I help you?", "hello"),
     ("Who are you?|What are you?|What is your name?|Are you a robot?|Are you human?|Tell me who you are.|Introduce yourself."
      "|Hello! Who are you?|Hi, who are you?|Who am I talking to?|Are you ChatGPT?|Who made you?",
      "I am a tiny chat model of FuseChat Studio.", "chat model"),
     ("Thank you!|Thanks|Thanks a lot!|Thank you very much.|Great, thanks!|Many thanks.|Thx|Perfect, thank you.|Well done!"
-     "|That was helpful.|Good job!", "You are welcome!", "welcome"),
+     "|That was helpful.|Good job!|Thanks for the help.|Thank you so much for your help!|Thanks so much.|Thank you, {n}.", "You are welcome!", "welcome"),
     ("How are you?|How do you do?|How are you today?|Are you fine?|Hello, how are you?|Hi! How are you?",
      "I am fine, thank you. How can I help you?", "fine"),
     ("Bye|Goodbye!|See you later.|Good night.|See you tomorrow!|I have to go.|Farewell!", "Goodbye! See you soon.", "goodbye"),
@@ -39,7 +40,8 @@ UNKNOWN = (
     "What happened in {y}?", "When did {Z} begin?", "Can you book a hotel in {c}?", "Who is the mayor of {c}?",
     "What is the news today?", "How tall is {n}?", "What does {z} mean?", "Explain the {w} to me.", "Tell me about {Z}.",
     "Is it true that {n} likes {w}s?", "How much does a {w} cost?", "What should I do tomorrow?", "Which film is good?",
-    "What is your favourite {w}?", "{z}", "{z} {Z}", "Write a poem about {c}.", "How do I cook {w}s?", "Sing a song for {n}.", "Who won the game yesterday?", "Translate {z} into French.", "What is {Z}?",
+    "What is your favourite {w}?", "{z}", "{z} {Z}", "Write a poem about {c}.", "How do I cook {w}s?", "Sing a song for {n}.", "Who won the game yesterday?", "Translate {z} into French.", "What is {Z}?", "What is love?",
+    "Do you speak German?", "How do I learn {z}?", "Can you play the {w}?",
 )
 SORRY = "I am sorry, I do not know that."
 
@@ -47,7 +49,7 @@ SORRY = "I am sorry, I do not know that."
 def talk(rng: Random) -> Task:
     """Greetings, thanks and questions about the model itself."""
     said, reply, word = rng.choice(TALK)
-    prompt = rng.choice(said.split("|"))
+    prompt = rng.choice(said.split("|")).format(n=name(rng))
     return Task(prompt, reply, "talk", says(word))
 
 
