@@ -1,0 +1,37 @@
+"""The page: header, tabs in their order, and the two states they share."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from components import chat, merging, models, variation
+from components.state import Settings
+from components.studio import Studio
+
+HEADER = """<header class="fs-header"><svg viewBox="0 0 32 32" aria-hidden="true" width="36" height="36">
+<rect width="32" height="32" rx="8" fill="#4f46e5"/><path d="M8 9h4c5 0 3 14 8 14h4M8 23h4c5 0 3-14 8-14h4" fill="none"
+ stroke="#fff" stroke-width="2.6" stroke-linecap="round"/><circle cx="16" cy="16" r="3.4" fill="#fbbf24"/></svg>
+<div><h1>FuseChat Studio</h1>
+<p>See how far chat models moved, merge them by it, and chat with the result beside its sources.</p></div>
+</header>"""
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """Build the page for a studio; launch it with the theme, style and head of `components.theme`."""
+    first = studio.first_selection()
+    with gr.Blocks(title="FuseChat Studio", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        selection, settings = gr.State(first), gr.State(Settings())
+        gr.HTML(HEADER, elem_id="header")
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("1 · Models", id="models"):
+                picked = models.build(studio, selection)
+            with gr.Tab("2 · Variation", id="variation"):
+                variation.build(studio, page, selection, settings, picked.glance)
+            with gr.Tab("3 · Merge", id="merge"):
+                _, *saved = merging.build(studio, page, selection, settings, tabs)
+            with gr.Tab("4 · Chat", id="chat"):
+                chat.build(studio, selection)
+        menus = [picked.pivot, picked.targets, picked.sources, picked.table]
+        for event in saved:  # a saved merge can be picked like any other model
+            event.then(lambda now: models.follow(studio, now), selection, menus, show_progress="hidden", api_visibility="private")
+    return page

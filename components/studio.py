@@ -1,0 +1,292 @@
+"""What the whole process shares: the catalogue of models, loaded models under one budget, measured variations, save jobs.
+
+Keys from the page are looked up here and nowhere else; a path that is not in the catalogue cannot be reached.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from components.jobs import Jobs
+from components.state import MAX_TARGETS, MergeRef, Selection, Settings
+from fusion import (
+    Checkpoint,
+    CheckpointError,
+    OutputError,
+    Override,
+    Preflight,
+    Recipe,
+    RecipeError,
+    ResourceError,
+    Variation,
+    chat,
+    demo,
+    measure,
+    preflight,
+)
+from fusion.errors import nearest
+from fusion.live import LiveMerge, chat_model
+from fusion.progress import Work, finish
+from fusion.recipe import short_names
+from fusion.tables import bytes_text
+from fusion.weights import matching
+
+_OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MEASURED = 16  # reports kept; each is a few numbers per tensor
+_REMEMBERED = 512  # recipes of merges in memory
+_AUTO_BYTES = 3_000_000_000  # families up to this size are measured as soon as they are chosen
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the catalogue: key, the title people see, its folder, and its role in a known family ("" = any)."""
+
+    key: str
+    title: str
+    folder: Path
+    role: str = ""
+
+
+class Studio:
+    """One per process; every method may be called from any thread.
+
+    `models` is a folder of checkpoints to offer, `outputs` where saved merges go, `public` forbids what strangers must not
+    do (paths, saving to this machine's disk), `budget_bytes` limits the memory of loaded models.
+    """
+
+    def __init__(self, models: Path | None = None, outputs: Path = Path("outputs"), *, public: bool = False,
+                 budget_bytes: int | None = None, family: Path = demo.FOLDER):
+        self.public, self.outputs = public, outputs
+        self.pool = chat.ModelPool(budget_bytes or default_budget())
+        self.jobs = Jobs()
+        self.examples: dict[str, list[str]] = demo.examples()
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._variations: OrderedDict[tuple[str, ...], Variation] = OrderedDict()
+        self._recipes: OrderedDict[str, tuple[Recipe, str]] = OrderedDict()
+        self._live = LiveMerge()
+        self._lock, self._merging = threading.RLock(), threading.Lock()
+        for member in demo.FAMILY:
+            if (family / member.name).is_dir():
+                self._add(Entry(f"demo/{member.name}", member.title, family / member.name, member.role))
+        self._scan(models, "models")
+        self._scan(outputs, "outputs")
+
+    # ── the catalogue ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def entries(self) -> list[Entry]:
+        """Every model that can be picked, in the order of the menus."""
+        with self._lock:
+            return list(self._entries.values())
+
+    def first_selection(self) -> Selection:
+        """What is picked when the page opens: the demo family."""
+        by_role = {role: tuple(entry.key for entry in self.entries() if entry.role == role)
+                   for role in ("pivot", "target", "source")}
+        return Selection(by_role["pivot"][0] if by_role["pivot"] else "", by_role["target"][:MAX_TARGETS], by_role["source"])
+
+    def entry(self, key: str) -> Entry:
+        """Look a key up; RecipeError when the catalogue has it not."""
+        with self._lock:
+            if not isinstance(key, str) or key not in self._entries:
+                raise RecipeError(f"unknown model {str(key)[:80]!r}", todo=nearest(str(key)[:80], self._entries))
+            return self._entries[key]
+
+    def title(self, key: str) -> str:
+        """What people see instead of a key."""
+        if key in self._recipes:
+            return self._recipes[key][1]
+        return self.entry(key).title
+
+    def role(self, key: str, selection: Selection) -> str:
+        """pivot, target, source or merge: what this model is in a visitor's selection."""
+        if any(merge.key == key for merge in selection.merges):
+            return "merge"
+        return "pivot" if key == selection.pivot else "target" if key in selection.targets else "source"
+
+    def add_folder(self, path: str) -> Entry:
+        """Offer a folder that the operator typed; refused on a public page."""
+        if self.public:
+            raise RecipeError("folders cannot be opened on a public page", todo="Run the app on your own machine.")
+        folder = Path(path.strip()).expanduser()
+        if not path.strip() or len(path) > 1000:
+            raise RecipeError("no folder was given", todo="Type the folder of a transformers checkpoint.")
+        Checkpoint(folder).close()
+        known = next((entry for entry in self.entries() if entry.folder.resolve() == folder.resolve()), None)
+        return known or self._add(Entry(self._free_key(f"local/{folder.resolve().name}"), folder.resolve().name, folder))
+
+    def checkpoint(self, key: str) -> Checkpoint:
+        """Open the checkpoint of a key (headers only), called by its title."""
+        entry = self.entry(key)
+        try:
+            return Checkpoint(entry.folder, entry.title)
+        except CheckpointError as error:  # a stranger learns the title, not the path
+            found = error.found.replace(str(entry.folder), entry.title)
+            raise CheckpointError(found, where=entry.title, todo=error.todo) from error
+
+    def _add(self, entry: Entry) -> Entry:
+        with self._lock:
+            titles = {other.title for other in self._entries.values() if other.key != entry.key}
+            if entry.title in titles:
+                entry = replace(entry, title=entry.key)
+            self._entries[entry.key] = entry
+            return entry
+
+    def _free_key(self, key: str) -> str:
+        with self._lock:
+            return next(free for n in range(1, 10_000) if (free := key if n == 1 else f"{key}-{n}") not in self._entries)
+
+    def _scan(self, folder: Path | None, prefix: str) -> None:
+        if folder is None or not folder.is_dir():
+            return
+        for config in sorted((*folder.glob("*/config.json"), *folder.glob("*/*/config.json"))):
+            name = config.parent.relative_to(folder).as_posix()
+            if not name.startswith("."):
+                self._add(Entry(f"{prefix}/{name}", name, config.parent))
+
+    # ── selection → recipe → numbers ─────────────────────────────────────────────────────────────────────────────────
+
+    def preflight(self, selection: Selection) -> Preflight:
+        """The preflight of a visitor's pivot and targets."""
+        return preflight(self.checkpoint(selection.pivot), [self.checkpoint(key) for key in selection.targets])
+
+    def recipe(self, selection: Selection, settings: Settings) -> Recipe:
+        """The recipe that a selection and its settings mean, checked."""
+        if not selection.pivot:
+            raise RecipeError("no pivot is picked", todo="Pick one in Models.")
+        folders = [_shown(self.entry(key).folder) for key in (selection.pivot, *selection.targets)]
+        names = dict(zip(selection.targets, short_names(folders)[1:], strict=True))
+        overrides = tuple(Override(tensor, {names[key]: weight for key, weight in given.items() if key in names})
+                          for tensor, given in settings.given().items() if given.keys() & names.keys())
+        linear = settings.method == "linear"
+        return Recipe(
+            folders[0], tuple(folders[1:]), tuple(names.values()), settings.method, settings.granularity, settings.measure,
+            weights=settings.weights[:len(names)] if linear else (), overrides=overrides, exclude=settings.exclude,
+            dtype=settings.dtype, donor=names.get(settings.donor, "pivot"),
+        ).check()
+
+    def adopt(self, recipe: Recipe) -> tuple[Selection, Settings]:
+        """Turn a loaded recipe into a selection and settings; its folders must be in the catalogue, or may be added here."""
+        def key(path: str) -> str:
+            known = next((entry.key for entry in self.entries() if entry.folder.resolve() == Path(path).resolve()), None)
+            if known is None and self.public:
+                raise RecipeError(f"this page does not offer {path!r}", where="recipe", todo="Run the app on your own machine.")
+            return known or self.add_folder(path).key
+
+        if len(recipe.targets) > MAX_TARGETS:
+            raise RecipeError(f"{len(recipe.targets)} targets", where="recipe",
+                              todo=f"The page merges up to {MAX_TARGETS}; use the command line.")
+        pivot, targets = key(recipe.pivot), tuple(map(key, recipe.targets))
+        by_name = dict(zip(recipe.names, targets, strict=True))
+        names = list(self.checkpoint(pivot))
+        edits = {tensor: {by_name[name]: float(weight) for name, weight in override.weights.items()}
+                 for override in recipe.overrides for tensor in matching(override.tensors, names, "overrides")}
+        settings = Settings(recipe.method, recipe.granularity, recipe.measure, recipe.weights, (), recipe.exclude,
+                            recipe.dtype, by_name.get(recipe.donor, "pivot"))
+        return Selection(pivot, targets, self.first_selection().sources), settings.with_given(edits)
+
+    def measured(self, selection: Selection) -> Variation | None:
+        """The variation of a selection if it is known already."""
+        with self._lock:
+            found = self._variations.get(self._mark(selection))
+        return replace(found, targets=tuple(self.title(key) for key in selection.targets)) if found else None
+
+    def measures_at_once(self, selection: Selection) -> bool:
+        """Whether a selection is small enough to be measured without being asked."""
+        return sum(self.checkpoint(key).nbytes for key in (selection.pivot, *selection.targets)) <= _AUTO_BYTES
+
+    def measure(self, selection: Selection) -> Work[Variation]:
+        """Measure a selection's variation, once for these checkpoints; yields Progress."""
+        known = self.measured(selection)
+        if known is None:
+            pivot, *targets = map(self.checkpoint, (selection.pivot, *selection.targets))
+            known = yield from measure(pivot, targets, elements=True)
+            with self._lock:
+                self._variations[self._mark(selection)] = known
+                while len(self._variations) > _MEASURED:
+                    self._variations.popitem(last=False)
+        return known
+
+    def _mark(self, selection: Selection) -> tuple[str, ...]:
+        return tuple(self.checkpoint(key).fingerprint for key in (selection.pivot, *selection.targets))
+
+    # ── merging and chatting ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def try_merge(self, selection: Selection, settings: Settings) -> Work[MergeRef]:
+        """Merge in memory and put the result where Chat finds it; yields Progress, returns its reference."""
+        recipe = self.recipe(selection, settings)
+        needed = 4 * self.checkpoint(selection.pivot).parameters
+        if needed > self.pool.budget_bytes:
+            budget = bytes_text(self.pool.budget_bytes)
+            raise ResourceError(f"this merge needs {bytes_text(needed)} of memory, {budget} are set aside for models",
+                                todo="Save it to a folder instead.")
+        variation = yield from self.measure(selection)
+        with self._merging:  # one at a time: the last merge is kept to reuse what did not change
+            result = yield from self._live.update(recipe, variation)
+            key = f"merge/{secrets.token_hex(16)}"
+            title = f"{recipe.method.upper() if recipe.method == 'varm' else recipe.method} #{len(selection.merges) + 1}"
+            self.pool.put(key, chat_model(result, title))
+        with self._lock:
+            self._recipes[key] = (recipe, title)
+            while len(self._recipes) > _REMEMBERED:
+                self._recipes.popitem(last=False)
+        return MergeRef(key, title)
+
+    def merge_recipe(self, key: str) -> Recipe:
+        """The recipe of a merge in memory."""
+        return self._recipes[key][0]
+
+    @contextmanager
+    def chat_model(self, key: str, selection: Selection) -> Iterator[chat.ChatModel]:
+        """Lend the model of a key; a merge that was pushed out of memory is made again from its recipe."""
+        if key in {merge.key for merge in selection.merges} and key in self._recipes:
+            loader, nbytes = partial(self._again, key), 0
+        else:
+            entry = self.entry(key)
+            loader, nbytes = partial(chat.load, entry.folder, entry.title), chat.expected_bytes(entry.folder)
+        with self.pool.lease(key, loader, nbytes) as model:
+            yield model
+
+    def _again(self, key: str) -> chat.ChatModel:
+        recipe, title = self._recipes[key]
+        with self._merging:
+            return chat_model(finish(self._live.update(recipe)), title)
+
+    def output_folder(self, name: str) -> Path:
+        """Where a saved merge of this name goes; RecipeError for a name that is no plain name, OutputError if it exists."""
+        if self.public:
+            raise RecipeError("merges cannot be saved on a public page", todo="Copy the recipe and run it on your own machine.")
+        if not isinstance(name, str) or not _OUTPUT_NAME.fullmatch(name.strip()):
+            raise RecipeError("this is no folder name", where="Save as", todo="Use letters, digits, dots, dashes and underscores.")
+        folder = self.outputs / name.strip()
+        if os.path.lexists(folder):
+            raise OutputError("exists already; nothing is ever overwritten", where=name, todo="Choose another name.")
+        return folder
+
+    def offer_output(self, folder: Path) -> Entry:
+        """Put a saved merge into the catalogue."""
+        return self._add(Entry(f"outputs/{folder.name}", folder.name, folder))
+
+
+def default_budget() -> int:
+    """Half of this machine's memory, in bytes, for loaded models."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError, AttributeError):
+        return 4_000_000_000
+
+
+def _shown(folder: Path) -> str:
+    """A folder as a recipe names it: relative to where the app runs when it lies below."""
+    try:
+        return folder.resolve().relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        return str(folder)
