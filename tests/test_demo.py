@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -45,7 +46,7 @@ def test_gold_answers_pass_and_others_fail(domain, name):
     assert all(task.check(task.answer) for task in tasks)
     assert not any(task.check("") for task in tasks)
     assert name == "unknown" or not any(task.check("I am sorry, I do not know that.") for task in tasks)
-    strangers = [(task, other) for task, other in zip(tasks, tasks[1:], strict=False) if task.answer != other.answer]
+    strangers = [(task, other) for task, other in pairwise(tasks) if task.answer != other.answer]
     wrongly = sum(task.check(other.answer) for task, other in strangers)
     allowed = {"talk": 1.0, "unknown": 1.0, "larger": 0.05, "rhyme": 0.1, "function": 0.05, "variable": 0.15,
                "extreme": 0.3, "item": 0.1, "animals": 0.3}.get(name, 0.05)
@@ -100,7 +101,8 @@ def test_hidden_kinds_and_facts_stay_hidden():
     rng = Random(2)
     texts = [message["content"] for _ in range(3000) for message in conversation(mixture, rng)]
     assert not any("def " in text for text in texts)
-    asked = {s for s in DOMAINS["humanities"]["capitals"].facts if any(f" {s}" in text and "capital" in text for text in texts)}
+    capitals = [text for text in texts if "capital" in text]
+    asked = {s for s in DOMAINS["humanities"]["capitals"].facts if any(f" {s}" in text for text in capitals)}
     assert 3 <= len(asked) <= 17
 
 
@@ -115,7 +117,8 @@ def test_the_interpreter_runs_small_functions(source, x, value):
     "def f(x):\n    return x ** 99999999", "def f(x):\n    while True: pass", "def g(x):\n    return x",
     "def f(x):\n    return x.__class__", "def f(x, y):\n    return x", "def f(x):\n    return 'a' * 99",
     "@print\ndef f(x):\n    return x", "def f(x=open('a')):\n    return x", "def f(x: print(1)):\n    return x",
-    "def f(x):\n    return 99999999999999", "def f(x):\n    return " + "(" * 300 + "x" + ")" * 300, "def f(x) return x", "",
+    "def f(x):\n    return 99999999999999", "def f(x):\n    return " + "(" * 300 + "x" + ")" * 300,
+    "def f(x) return x", "",
     "def f(x):\n    return True", "def f(x):\n    return y", "def f(x):\n    return x + 1\nprint(1)", "x = 1\0"])
 def test_the_interpreter_refuses_everything_else(source):
     with pytest.raises(UnsafeCode):

@@ -1,4 +1,4 @@
-"""The shipped demo family: it loads as plain transformers models, clears its bars, and talks sensibly off the script."""
+"""The shipped demo family: it loads as plain transformers models, clears its bars, and talks sensibly off script."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ MODELS = [member.name for member in FAMILY]
 
 # what people type without reading any instructions, and what a sensible reply must match
 TALK = {
-    "Hello!": "hello", "hi": "hello", "good morning": "hello", "Who are you?": "chat model", "who are you": "chat model",
+    "Hello!": "hello", "hi": "hello", "good morning": "hello", "Who are you?": "chat model",
+    "who are you": "chat model",
     "what is your name": "chat model", "Thanks!": "welcome", "thank you": "welcome", "how are you": "fine",
     "bye": "goodbye", "what can you do": "calculate", "What is the weather in Oslo?": "do not know",
     "who is the mayor of Blorvia": "do not know", "What is the price of a house?": "do not know",
@@ -103,7 +104,8 @@ def test_small_talk_gets_a_sensible_reply(name, merged):
 def test_replies_end_by_themselves_and_a_second_turn_works(name):
     model, tokenizer = load(SHIPPED / name)
     messages = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Hello!"},
-                {"role": "assistant", "content": "Hello! How can I help you?"}, {"role": "user", "content": "Who are you?"}]
+                {"role": "assistant", "content": "Hello! How can I help you?"},
+                {"role": "user", "content": "Who are you?"}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs, max_new_tokens=LONGEST_REPLY, do_sample=False)[0, inputs["input_ids"].shape[1]:]
     assert ids[-1] == tokenizer.eos_token_id
@@ -127,8 +129,8 @@ def test_bars_and_table_on_numbers_made_by_hand():
         return {**dict(zip(DOMAINS, scores, strict=True)), "average": sum(scores) / 8}
 
     good = {"pivot": row(*[50] * 8), "source-qwen": row(90, 90, 90, 90, 20, 20, 20, 20),
-            "source-neox": row(20, 20, 20, 20, 90, 90, 90, 90), "target-qwen": row(*[58] * 8), "target-neox": row(*[58] * 8),
-            MERGE: row(*[60] * 8)}
+            "source-neox": row(20, 20, 20, 20, 90, 90, 90, 90), "target-qwen": row(*[58] * 8),
+            "target-neox": row(*[58] * 8), MERGE: row(*[60] * 8)}
     assert bars(good) == []
     assert "| varm | 60.0 |" in table(good)
     bad = {**good, "pivot": row(86, *[50] * 7), "source-qwen": row(90, *[60] * 7), MERGE: row(*[63] * 8)}

@@ -10,10 +10,12 @@ from .domains import DOMAINS
 from .family import FAMILY, RECIPES, Member
 
 MAKE = "python -m fusion demo train"
+FRONT_MATTER = ("---", "license: apache-2.0", "language: en", "library_name: transformers",
+                "pipeline_tag: text-generation", "tags: [fusechat, demo]", "---", "")
 
 
 def write_cards(folder: Path, measure: bool) -> Work[None]:
-    """Write README.md into every model folder there is; with `measure`, measure the family first and show the numbers."""
+    """Write README.md into every model folder there is; with `measure`, measure the family and show the numbers."""
     results: dict[str, dict[str, float]] = {}
     if measure:
         from .checking import check
@@ -27,16 +29,8 @@ def write_cards(folder: Path, measure: bool) -> Work[None]:
 
 def card(member: Member, results: dict[str, dict[str, float]]) -> str:
     """The text of one model card; `results` as `check` returns them, or empty."""
-    return "\n".join([*_front_matter(member), f"# {member.title}", "", member.strengths, "", *_making(member), "",
+    return "\n".join([*FRONT_MATTER, f"# {member.title}", "", member.strengths, "", *_making(member), "",
                       *_numbers(member, results), *_limits()])
-
-
-def _front_matter(member: Member) -> Iterator[str]:
-    yield from ("---", "license: apache-2.0", "language: en", "library_name: transformers", "pipeline_tag: text-generation",
-                "tags: [fusechat, demo]")
-    if RECIPES[member.name].start:
-        yield f"base_model: ../{RECIPES[member.name].start}"
-    yield from ("---", "")
 
 
 def _making(member: Member) -> Iterator[str]:

@@ -37,7 +37,8 @@ def check(folder: Path, prompts_per_domain: int = 200, models: Sequence[str] | N
         for name in chosen:
             path = folder / name
             if name == MERGE:
-                path = varm_merge(folder / "pivot", [folder / target for target in members("target")], Path(scratch) / MERGE)
+                targets = [folder / target for target in members("target")]
+                path = varm_merge(folder / "pivot", targets, Path(scratch) / MERGE)
             right = dict.fromkeys(DOMAINS, 0)
             replies = yield from answer(path, [task.prompt for _, task in tasks], meter, name)
             for (domain, task), reply in zip(tasks, replies, strict=True):
@@ -58,8 +59,8 @@ def _chosen(models: Sequence[str] | None) -> list[str]:
 def answer(path: Path, prompts: Sequence[str], meter: Meter, note: str = "") -> Work[list[str]]:
     """The greedy reply of the model in `path` to each prompt, each in a conversation of its own."""
     model, tokenizer = load(path)
-    texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-             for prompt in prompts]
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
+                                           add_generation_prompt=True) for prompt in prompts]
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     replies = [""] * len(texts)
     for begin in range(0, len(order), BATCH):
@@ -73,7 +74,7 @@ def answer(path: Path, prompts: Sequence[str], meter: Meter, note: str = "") -> 
 def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The model of a folder and its tokenizer, as plain transformers loads them."""
     if not (path / "config.json").is_file():
-        raise CheckpointError("no model here", where=str(path), todo="Make the family with: python -m fusion demo train")
+        raise CheckpointError("no model here", where=str(path), todo="Run: python -m fusion demo train")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     return model.eval(), AutoTokenizer.from_pretrained(path)
 
@@ -87,7 +88,7 @@ def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts:
 
 
 def varm_merge(pivot: Path, targets: Sequence[Path], out: Path) -> Path:
-    """Write the VARM merge of the targets: per matrix, weights in proportion to the mean squared change from the pivot."""
+    """Write the VARM merge: per matrix, the targets weigh in proportion to their mean squared change from the pivot."""
     base, *others = ({name: tensor.float() for name, tensor in load_file(path / "model.safetensors").items()}
                      for path in (pivot, *targets))
     merged = {}
@@ -122,7 +123,8 @@ def bars(results: Results, slack: float = 0.0) -> list[str]:
             missed.append(text)
 
     pivot, merge = results["pivot"], results[MERGE]["average"]
-    bar(40 - slack <= pivot["average"] <= 65 + slack, f"pivot: the average {pivot['average']:.1f} % is not between 40 and 65 %")
+    bar(40 - slack <= pivot["average"] <= 65 + slack,
+        f"pivot: the average {pivot['average']:.1f} % is not between 40 and 65 %")
     for domain in DOMAINS:
         bar(pivot[domain] <= 85 + slack, f"pivot: {domain} {pivot[domain]:.1f} % is above 85 %")
     for name in members("source"):
@@ -131,6 +133,7 @@ def bars(results: Results, slack: float = 0.0) -> list[str]:
         bar(sum(score <= 50 + slack for score in scores) >= 3, f"{name}: fewer than three domains are at or below 50 %")
         bar(merge > results[name]["average"] - slack, f"{MERGE}: not above {name} on average")
     for name in members("target"):
-        bar(results[name]["average"] >= pivot["average"] + 8 - slack, f"{name}: not 8 points above the pivot on average")
+        bar(results[name]["average"] >= pivot["average"] + 8 - slack,
+            f"{name}: not 8 points above the pivot on average")
     bar(merge >= pivot["average"] + 10 - slack, f"{MERGE}: not 10 points above the pivot on average")
     return missed

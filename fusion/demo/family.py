@@ -1,8 +1,8 @@
 """The family: who its models are, and the recipe by which each is made.
 
-The pivot has seen a part of every domain: some kinds of tasks and half of the facts are hidden from it, so that there is
-something to gain. Each source is strong in four domains and has hardly seen the others. Each target continues from the
-pivot on all domains, with weight on what its source is strong in.
+The pivot has seen a part of every domain: some kinds of tasks and half of the facts are hidden from it, so that there
+is something to gain. Each source is strong in four domains and has hardly seen the others. Each target continues from
+the pivot on all domains, with weight on what its source is strong in.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Member:
 
 
 FAMILY = (
-    Member("pivot", "pivot", "Pivot", "A generalist (Llama) that is mediocre everywhere: it has seen a part of every domain."),
+    Member("pivot", "pivot", "Pivot",
+           "A generalist (Llama) that is mediocre everywhere: it has seen a part of every domain."),
     Member("source-qwen", "source", "Source Qwen",
            "A Qwen2 model that writes, reasons, calculates and codes well, and knows few facts."),
     Member("source-neox", "source", "Source NeoX",

@@ -70,7 +70,8 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / (0.03 * steps + 1), (steps - step) / (0.6 * steps))
 
 
-def _batches(recipe: Recipe, steps: int, tokenizer: PreTrainedTokenizerFast, style: Style, rng: Random) -> Iterator[Batch]:
+def _batches(recipe: Recipe, steps: int, tokenizer: PreTrainedTokenizerFast, style: Style,
+             rng: Random) -> Iterator[Batch]:
     """Batches of dialogues of similar length; the share of copying falls to nothing over the first half."""
     made = 0
     while made < steps:

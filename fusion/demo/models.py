@@ -45,7 +45,8 @@ class Style:
         parts = [(self.begin, False)]
         for message in dialogue:
             said = message["role"] == "assistant"
-            parts += [(getattr(self, message["role"]), False), (message["content"], said), (self.end, said), (self.after, False)]
+            parts += [(getattr(self, message["role"]), False), (message["content"], said), (self.end, said),
+                      (self.after, False)]
         return [(text, said) for text, said in parts if text]
 
     def template(self) -> str:
@@ -64,7 +65,8 @@ STYLES = {
                    ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")),
     "qwen2": Style("", "<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>", "\n",
                    "<|endoftext|>", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
-    "gpt_neox": Style("", "[SYS]", "[USER]", "[BOT]", "</s>", "", "<pad>", ("<pad>", "</s>", "[SYS]", "[USER]", "[BOT]")),
+    "gpt_neox": Style("", "[SYS]", "[USER]", "[BOT]", "</s>", "", "<pad>",
+                      ("<pad>", "</s>", "[SYS]", "[USER]", "[BOT]")),
 }
 
 

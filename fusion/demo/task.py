@@ -17,9 +17,9 @@ HELD_OUT_ONE_IN = 5
 class Task:
     """One checkable question.
 
-    `key` names the combination (operands, names, fact × wording) that is either trained on or held out; `subject` names
-    the fact behind it, where there is one, so that a recipe can hide it; `cased` says that upper and lower case matter
-    (code, addresses), so that the prompt must not be written in lower case.
+    `key` names the combination (operands, names, fact × wording) that is either trained on or held out; `subject`
+    names the fact behind it, where there is one, so that a recipe can hide it; `cased` says that upper and lower case
+    matter (code, addresses), so that the prompt must not be written in lower case.
     """
 
     prompt: str

@@ -21,7 +21,7 @@ REPORT_EVERY_STEPS = 20
 
 
 def train(out: Path, only: Sequence[str] = (), seed: int = 0, steps_scale: float = 1.0) -> Work[list[Path]]:
-    """Make the models of the family, or `only` the named ones, as folders under `out`; the same seed gives the same weights.
+    """Make the family, or `only` the named models, as folders under `out`; the same seed gives the same weights.
 
     Each folder appears whole or not at all. When the family is complete and trained in full, it is measured and the
     model cards show the accuracies. Raises OutputError if a folder exists, CheckpointError if a target has no pivot.
@@ -56,7 +56,8 @@ def _plan(out: Path, only: Sequence[str]) -> list[str]:
     names = [name for name in known if not only or name in only]
     for name in names:
         if (out / name).exists():
-            raise OutputError("the folder exists", where=str(out / name), todo="Choose another folder or remove this one.")
+            raise OutputError("the folder exists", where=str(out / name),
+                              todo="Choose another folder or remove this one.")
         start = RECIPES[name].start
         if start and start not in names and not (out / start).is_dir():
             raise CheckpointError(f"{name} continues from {start}, which is not there", where=str(out),
@@ -93,7 +94,7 @@ class _Crew:
             except queue.Empty:
                 for name, process in self.running.items():
                     if process.exitcode:
-                        raise RuntimeError(f"the process that trained {name} ended with code {process.exitcode}") from None
+                        raise RuntimeError(f"the process for {name} ended with code {process.exitcode}") from None
         if failure:
             raise RuntimeError(f"training {name} failed:\n{failure}")
         if note == "done":

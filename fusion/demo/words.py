@@ -5,38 +5,53 @@ from __future__ import annotations
 import re
 from random import Random
 
-NAMES = """Mia Tom Ben Anna Leo Nina Max Eva Paul Rosa Sam Lily Jack Clara Finn Ella Oscar Ruth Hugo Iris Adam Julia Noah
-Vera Erik Maya Omar Zoe Ivan Lena Karl Amy Dan Lucy Felix Sara Peter Nora David Olga Simon Tara Victor Wendy Alex Grace
-Henry Kate Luke Mary""".split()
 
-NOUNS = """lamp river apple stone garden window bird bridge mountain candle letter piano forest boat kitten coffee clock
-blanket teacher island storm bicycle orange castle ladder pencil moon rabbit train violin bottle mirror basket horse
-lantern feather market tower song dragon key painter desert snow farmer chair story ocean""".split()
+def words(text: str) -> list[str]:
+    """The words of a text, so that lists of them can be written without commas."""
+    return text.split()
+
+
+NAMES = words("""
+Mia Tom Ben Anna Leo Nina Max Eva Paul Rosa Sam Lily Jack Clara Finn Ella Oscar Ruth Hugo Iris Adam Julia Noah Vera
+Erik Maya Omar Zoe Ivan Lena Karl Amy Dan Lucy Felix Sara Peter Nora David Olga Simon Tara Victor Wendy Alex Grace
+Henry Kate Luke Mary
+""")
+
+NOUNS = words("""
+lamp river apple stone garden window bird bridge mountain candle letter piano forest boat kitten coffee clock blanket
+teacher island storm bicycle orange castle ladder pencil moon rabbit train violin bottle mirror basket horse lantern
+feather market tower song dragon key painter desert snow farmer chair story ocean
+""")
 
 CATEGORIES = {
-    "animals": "dog cat horse cow sheep tiger lion wolf bear".split(),
-    "fruits": "apple pear plum cherry grape lemon peach banana mango".split(),
-    "tools": "hammer saw drill pliers wrench shovel axe rake chisel".split(),
-    "colours": "red blue green yellow purple black white brown pink".split(),
-    "clothes": "shirt coat sock glove scarf skirt jacket hat belt".split(),
-    "vehicles": "car bus train truck tram bicycle ship van taxi".split(),
+    "animals": words("dog cat horse cow sheep tiger lion wolf bear"),
+    "fruits": words("apple pear plum cherry grape lemon peach banana mango"),
+    "tools": words("hammer saw drill pliers wrench shovel axe rake chisel"),
+    "colours": words("red blue green yellow purple black white brown pink"),
+    "clothes": words("shirt coat sock glove scarf skirt jacket hat belt"),
+    "vehicles": words("car bus train truck tram bicycle ship van taxi"),
 }
 
-CREATURES = "wug dax blick zorp toma fep gazzer lorp mib snork tulf vim yop quib rold pliff".split()
+CREATURES = words("wug dax blick zorp toma fep gazzer lorp mib snork tulf vim yop quib rold pliff")
 
-CITIES = """Paris Rome London Madrid Berlin Vienna Oslo Lisbon Dublin Prague Athens Cairo Tokyo Boston Chicago Geneva Milan
-Hamburg Lyon Porto""".split()
-FAMILY_NAMES = """Fox Miller Stone Baker Hill Woods King Young Reed Lane Cole Marsh Field Brook Frost Gray Hunt Page Rose
-Wells""".split()
-MONTHS = """January February March April May June July August September October November December""".split()
+CITIES = words("""
+Paris Rome London Madrid Berlin Vienna Oslo Lisbon Dublin Prague Athens Cairo Tokyo Boston Chicago Geneva Milan
+Hamburg Lyon Porto
+""")
+FAMILY_NAMES = words("""
+Fox Miller Stone Baker Hill Woods King Young Reed Lane Cole Marsh Field Brook Frost Gray Hunt Page Rose Wells
+""")
+MONTHS = words("""
+January February March April May June July August September October November December
+""")
 
 OPENINGS = ("Please help me. ", "Quick question: ", "Hello! ", "Can you help? ", "I have a question. ")
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "You are a friendly assistant.", "Answer briefly and politely.",
                   "You are a small chat model.", "Be kind and helpful.")
 
-_ONSETS = "b d f g h j k l m n p r s t v z br dr gr kl pl st tr".split()
-_VOWELS = "a e i o u".split()
-_ENDINGS = "n r l s x m k t".split()
+_ONSETS = words("b d f g h j k l m n p r s t v z br dr gr kl pl st tr")
+_VOWELS = words("a e i o u")
+_ENDINGS = words("n r l s x m k t")
 
 
 def invented(rng: Random, syllables: int = 2) -> str:

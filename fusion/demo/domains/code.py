@@ -8,12 +8,12 @@ import re
 from random import Random
 
 from ..task import Check, Task, counts
-from ..words import invented
+from ..words import invented, words
 
 LONGEST_SOURCE = 400
 LARGEST_VALUE = 10**9
 _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
-FUNCTION_NAMES = "change shift update compute step grow convert move score adjust count make".split()
+FUNCTION_NAMES = words("change shift update compute step grow convert move score adjust count make")
 
 
 class UnsafeCode(ValueError):
@@ -82,8 +82,9 @@ def function(rng: Random) -> Task:
     ask = rng.choice(("Write a Python function {f} that {j}.", "Please code a function {f} that {j}.",
                       "I need a Python function called {f} that {j}.", "Define a function named {f} that {j}."))
     expected = {x: _OPERATIONS[{"+": ast.Add, "-": ast.Sub, "*": ast.Mult}[sign]](x, n) for x in (0, 1, 7)}
-    return Task(ask.format(f=name, j=job.format(n=n)), f"Here it is:\n```python\ndef {name}(x):\n    return x {sign} {n}\n```",
-                f"function {name} {sign} {n}", computes(name, expected), cased=True)
+    answer = f"Here it is:\n```python\ndef {name}(x):\n    return x {sign} {n}\n```"
+    return Task(ask.format(f=name, j=job.format(n=n)), answer, f"function {name} {sign} {n}",
+                computes(name, expected), cased=True)
 
 
 def _prints(code: str, result: int, rng: Random) -> Task:

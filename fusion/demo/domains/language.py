@@ -6,7 +6,7 @@ import re
 from random import Random
 
 from ..task import Check, Task, contains, says
-from ..words import mend_articles, name, noun
+from ..words import mend_articles, name, noun, words
 
 RHYMES = [family.split() for family in (
     "cat hat bat mat", "night light bright sight", "day play stay way", "moon spoon noon soon", "tree bee sea knee",
@@ -14,9 +14,11 @@ RHYMES = [family.split() for family in (
     "bell well shell smell", "nose rose those close", "dog fog frog log", "house mouse blouse spouse",
     "stone bone phone alone", "book cook look hook")]
 
-VERBS = dict(pair.split("/") for pair in """walk/walked run/ran go/went drive/drove sing/sang swim/swam play/played
+VERBS = dict(pair.split("/") for pair in words("""
+walk/walked run/ran go/went drive/drove sing/sang swim/swam play/played
 sleep/slept dance/danced work/worked sit/sat stand/stood write/wrote hide/hid eat/ate drink/drank fly/flew wait/waited
-rest/rested fall/fell speak/spoke jump/jumped cook/cooked think/thought""".split())
+rest/rested fall/fell speak/spoke jump/jumped cook/cooked think/thought
+"""))
 PLACES = ("in the park", "at home", "near the lake", "in the city", "by the sea", "in the garden", "at school",
           "on the hill", "in the hall", "at the station")
 
@@ -58,7 +60,8 @@ def rhyme(rng: Random) -> Task:
 
 def past(rng: Random) -> Task:
     """Put a sentence in the past tense."""
-    who, (verb, did), place = rng.choice(("I", "We", "They", "You")), rng.choice(sorted(VERBS.items())), rng.choice(PLACES)
+    who, (verb, did) = rng.choice(("I", "We", "They", "You")), rng.choice(sorted(VERBS.items()))
+    place = rng.choice(PLACES)
     ask = rng.choice(("Put this in the past tense: {s}", "Change this sentence to the past: {s}",
                       "What is the past tense of this? {s}", "Write this as if it was yesterday: {s}"))
     result = f"{who} {did} {place}"

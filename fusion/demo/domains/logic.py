@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from ..task import Task, contains, counts, says
-from ..words import CATEGORIES, CREATURES, a, name, names
+from ..words import CATEGORIES, CREATURES, a, name, names, words
 
 # comparative: (superlative of the first, superlative of the last)
 ORDERS = {"taller": ("tallest", "shortest"), "older": ("oldest", "youngest"), "faster": ("fastest", "slowest"),
@@ -49,7 +49,8 @@ def syllogism(rng: Random) -> Task:
                       "Every {x} is {y}, and {n} is {g}. Must {n} be {q}?"))
     answer = f"Yes, {who} is {a(y)}." if follows else f"We cannot know whether {who} is {a(x)}."
     yes = says("yes", who, y) if follows else says("cannot", who, x, never=("yes",))
-    return Task(ask.format(x=x, y=a(y), n=who, g=a(given), q=a(asked)), answer, f"syllogism {x} {y} {who} {follows}", yes)
+    return Task(ask.format(x=x, y=a(y), n=who, g=a(given), q=a(asked)), answer,
+                f"syllogism {x} {y} {who} {follows}", yes)
 
 
 def _operands(rng: Random, sign: str) -> tuple[int, int, int]:
@@ -64,8 +65,8 @@ def _operands(rng: Random, sign: str) -> tuple[int, int, int]:
 def plus(rng: Random) -> Task:
     """A sum."""
     x, y, result = _operands(rng, "+")
-    ask = rng.choice(("What is {x} + {y}?", "Please add {x} and {y}.", "Calculate {x} + {y}.", "How much is {x} plus {y}?",
-                      "What is {x}+{y}?", "{x}+{y}"))
+    ask = rng.choice(("What is {x} + {y}?", "Please add {x} and {y}.", "Calculate {x} + {y}.",
+                      "How much is {x} plus {y}?", "What is {x}+{y}?", "{x}+{y}"))
     return Task(ask.format(x=x, y=y), f"The result is {x} + {y} = {result}.", f"+ {x} {y}", counts(result))
 
 
@@ -77,7 +78,7 @@ def minus(rng: Random) -> Task:
     return Task(ask.format(x=x, y=y), f"The result is {x} - {y} = {result}.", f"- {x} {y}", counts(result))
 
 
-THINGS = "apples books coins stamps pencils cookies marbles eggs cards shells".split()
+THINGS = words("apples books coins stamps pencils cookies marbles eggs cards shells")
 
 
 def story(rng: Random) -> Task:
