@@ -107,7 +107,8 @@ def _actions(studio: Studio) -> dict:
 
 
 def _recipe_boxes() -> dict:
-    recipe = gr.Code(language="yaml", label="Recipe", interactive=False, elem_id="recipe", max_lines=16, buttons=["copy", "download"])
+    recipe = gr.Code(language="yaml", label="Recipe", interactive=False, elem_id="recipe", max_lines=16,
+                     buttons=["copy", "download"])
     command = gr.Code(language="shell", label="The same on the command line", interactive=False, elem_id="command", lines=2,
                       wrap_lines=True, buttons=["copy"])
     with gr.Accordion("Load a recipe", open=False, elem_id="load-recipe"):

@@ -197,7 +197,7 @@ class Studio:
         """The variation of a selection if it is known already."""
         with self._lock:
             found = self._variations.get(self._mark(selection))
-        return replace(found, targets=tuple(self.title(key) for key in selection.targets)) if found else None
+        return replace(found, targets=self.recipe(selection, Settings()).names) if found else None
 
     def measures_at_once(self, selection: Selection) -> bool:
         """Whether a selection is small enough to be measured without being asked."""
@@ -213,6 +213,7 @@ class Studio:
                 self._variations[self._mark(selection)] = known
                 while len(self._variations) > _MEASURED:
                     self._variations.popitem(last=False)
+            known = self.measured(selection) or known
         return known
 
     def _mark(self, selection: Selection) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import gradio as gr
 
+from components import figures
+
 ASSETS = Path(__file__).parent.parent / "assets"
 
 # A model's text may hold images and forms; the browser must not fetch or post anything for it.
@@ -16,7 +18,7 @@ HEAD = f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n' \
 
 def css() -> str:
     """The style sheets of the page, read from assets."""
-    return "\n".join(path.read_text(encoding="utf-8") for path in (ASSETS / "style.css", ASSETS / "chat.css"))
+    return "\n".join([*(path.read_text(encoding="utf-8") for path in (ASSETS / "style.css", ASSETS / "chat.css")), figures.CSS])
 
 
 def theme() -> gr.themes.Base:

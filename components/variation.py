@@ -144,13 +144,13 @@ def grid_of(studio: Studio, now: Selection, wish: Settings) -> Grid | None:
     variation = studio.measured(now)
     if variation is None:
         return None
-    recipe = studio.recipe(now, wish)
-    plan, weights = effective_weights(recipe, variation)
-    return _grid(variation, wish, plan, weights)
+    plan, weights = effective_weights(studio.recipe(now, wish), variation)
+    titles = tuple(studio.title(key) for key in now.targets)
+    return _grid(variation, titles, wish, plan, weights)
 
 
-def _grid(variation: Variation, wish: Settings, plan: WeightPlan, weights: np.ndarray) -> Grid:
-    return Grid(variation.targets, variation.names, variation.shapes, variation.ratios(wish.granularity, wish.measure),
+def _grid(variation: Variation, titles: tuple[str, ...], wish: Settings, plan: WeightPlan, weights: np.ndarray) -> Grid:
+    return Grid(titles, variation.names, variation.shapes, variation.ratios(wish.granularity, wish.measure),
                 variation.means(wish.granularity, wish.measure), weights, ~np.isnan(plan.given), plan.excluded,
                 wish.granularity, wish.measure)
 
