@@ -96,7 +96,7 @@ def held_out_tasks(domain: str, count: int, seed: int = 0) -> list[Task]:
     rng = Random(f"held out {domain} {seed}")
     kinds = list(DOMAINS[domain].values())
     tasks: dict[str, Task] = {}
-    for _ in range(50 * count):
+    for _ in range(20 * count):
         if len(tasks) == count:
             return list(tasks.values())
         task = draw(kinds[len(tasks) % len(kinds)], rng, held_out)

@@ -101,7 +101,7 @@ RECIPES = {
             ("sentence", "past", "order", "minus", "function", "variable"))),
         steps=3800, learning_rate=2e-3, shape=Shape("gpt_neox", layers=3, inner=512, vocabulary=1000), seed=2),
     "target-qwen": Recipe(
-        Mixture(_shares(LOGIC, LORE, 0.09)), steps=2200, learning_rate=1e-3, start="pivot", copying=0.0, seed=3),
+        Mixture(_shares(LOGIC, LORE, 0.09)), steps=2600, learning_rate=1e-3, start="pivot", copying=0.0, seed=3),
     "target-neox": Recipe(
-        Mixture(_shares(LORE, LOGIC, 0.09)), steps=2200, learning_rate=1e-3, start="pivot", copying=0.0, seed=4),
+        Mixture(_shares(LORE, LOGIC, 0.09)), steps=2600, learning_rate=1e-3, start="pivot", copying=0.0, seed=4),
 }
