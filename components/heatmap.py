@@ -31,6 +31,7 @@ MAX_COLUMNS = 24  # beyond this, experts of one matrix share a column
 _ASSETS = Path(__file__).parents[1] / "assets"
 _SCRIPTS = ("heatmap_scale.js", "heatmap_tip.js", "heatmap_editor.js", "heatmap.js")
 _KIND_ORDER = {"attention": 0, "mlp": 1, "embedding": 2, "other": 3, "head": 4, "norm": 5}
+_READING_ORDER = ("q_", "k_", "v_", "o_", "gate", "up_", "down_")
 _EXPERT = re.compile(r"(expert\w*\.)\d+(?=\.|$)")
 _MOUNT = """
 const view = fuseHeatmap(element.querySelector('.hm'), (edit) => trigger('edit', edit));
@@ -116,7 +117,7 @@ def _stack(title: str, tensors: tuple[str, ...], indices: list[int]) -> Block:
     for index, (group, _) in keys.items():
         rank[group] = min(rank.get(group, 9), _KIND_ORDER[places[index].kind])
     groups = sorted(rank, key=rank.__getitem__)  # stable: within a kind, order of first appearance
-    columns = sorted(dict.fromkeys(keys.values()), key=lambda key: groups.index(key[0]))
+    columns = sorted(dict.fromkeys(keys.values()), key=lambda key: (groups.index(key[0]), _reading_rank(key[1])))
     layers = sorted({where.layer for where in places.values()})
     row_of = {layer: row for row, layer in enumerate(layers)}
     column_of = {key: column for column, key in enumerate(columns)}
@@ -125,6 +126,12 @@ def _stack(title: str, tensors: tuple[str, ...], indices: list[int]) -> Block:
         at = row_of[where.layer], column_of[keys[index]]
         cells[at] = (*cells.get(at, ()), index)
     return Block(title, True, tuple(map(str, layers)), tuple(columns), cells)
+
+
+def _reading_rank(label: str) -> int:
+    """Where people expect a matrix among its neighbours: files are often sorted by name, q, k, v, o is how they are read."""
+    word = label.removesuffix(".bias").rpartition(".")[2]
+    return next((rank for rank, start in enumerate(_READING_ORDER) if word.startswith(start)), len(_READING_ORDER))
 
 
 def _column(where: Place) -> tuple[str, str]:
