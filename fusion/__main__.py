@@ -25,6 +25,9 @@ from fusion.variation import MEASURES, measure
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a console without Greek letters still gets its answer
     options = _parser().parse_args(argv)
     try:
         options.run(options)

@@ -37,9 +37,9 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def __init__(self, folder: str | os.PathLike, name: str | None = None):
         self.folder = Path(folder)
-        self.name = name or self.folder.resolve().name
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):
             raise CheckpointError("there is no such folder", where=str(folder), todo="Give the folder that holds config.json.")
+        self.name = name or self.folder.resolve().name
         self.config = self._json("config.json", required=True)
         self.info = self._tensors()
         self._refuse_quantised()
@@ -117,8 +117,9 @@ class Checkpoint(Mapping[str, np.ndarray]):
     @cached_property
     def tied(self) -> bool:
         """Whether the head shares the embedding's matrix: the config says so, or there is no head at all."""
-        said = self.config.get("tie_word_embeddings", self._text_config.get("tie_word_embeddings"))
-        return bool(said) if said is not None else not any(place(name).kind == "head" for name in self.info)
+        said = [config["tie_word_embeddings"] for config in (self.config, self._text_config)
+                if config.get("tie_word_embeddings") is not None]
+        return bool(said[0]) if said else not any(place(name).kind == "head" for name in self.info)
 
     @cached_property
     def tied_copies(self) -> frozenset[str]:
@@ -143,8 +144,9 @@ class Checkpoint(Mapping[str, np.ndarray]):
             return None
         vocab = tokenizer["model"].get("vocab")
         if isinstance(vocab, list):  # unigram: [[token, score], …]
-            vocab = {entry[0]: i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
-        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])
+            vocab = {str(entry[0]): i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+        added = tokenizer.get("added_tokens")
+        added = {str(token["content"]): token["id"] for token in (added if isinstance(added, list) else ())
                  if isinstance(token, dict) and {"content", "id"} <= token.keys()}
         return {**vocab, **added} if isinstance(vocab, dict) else None
 
@@ -173,6 +175,12 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return digest.hexdigest()
 
     @property
+    def stamp(self) -> str:
+        """A mark of the very files on this disk: paths, sizes and times. It notices what `fingerprint` may miss."""
+        files = sorted({tensor.file for tensor in self.info.values()})
+        return repr([(str(file.resolve()), (stat := os.stat(file)).st_size, stat.st_mtime_ns, stat.st_ino) for file in files])
+
+    @property
     def _text_config(self) -> dict:
         inner = self.config.get("text_config")
         return inner if isinstance(inner, dict) else {}
@@ -197,7 +205,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         files = sorted(set(promised.values())) if promised else self._single_file()
         info: dict[str, TensorInfo] = {}
         for file in files:
-            if not (self.folder / file).is_file():
+            if not os.path.isfile(self.folder / file):
                 raise CheckpointError(f"the index names {file}, which is missing", where=str(self.folder),
                                       todo="Download the missing shard.")
             for tensor in read_header(self.folder / file):
@@ -213,7 +221,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return info
 
     def _index(self) -> dict[str, str]:
-        weight_map = self._json(INDEX).get("weight_map", {})
+        index = self._json(INDEX)
+        weight_map = index.get("weight_map") if index else {}
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{INDEX} has no valid weight_map", where=str(self.folder))
         odd = next((file for file in weight_map.values() if Path(file).name != file or file.startswith(".")), None)
@@ -237,13 +246,14 @@ class Checkpoint(Mapping[str, np.ndarray]):
         raise CheckpointError("there are no safetensors weights", where=str(self.folder))
 
     def _refuse_quantised(self) -> None:
-        method = self.config.get("quantization_config")
-        packed = next((name for name in self.info if name.endswith(_QUANTISED)), None)
-        odd = next((name for name, tensor in self.info.items() if tensor.dtype.startswith("F8")), None)
-        if method or packed or odd:
-            what = method.get("quant_method", "quantised") if isinstance(method, dict) else self.info[packed or odd].dtype
-            raise CheckpointError(f"the weights are quantised ({what}{', ' + (packed or odd) if packed or odd else ''})",
-                                  where=str(self.folder), todo="Merge the full-precision checkpoint it was made from.")
+        method = self.config.get("quantization_config") or self._text_config.get("quantization_config")
+        packed = next((name for name, tensor in self.info.items()
+                       if name.endswith(_QUANTISED) or tensor.dtype.startswith("F8")), None)
+        if method or packed:
+            said = method.get("quant_method") if isinstance(method, dict) else method
+            what = ", ".join(str(part) for part in (said, packed and f"{packed} is {self.info[packed].dtype}") if part)
+            raise CheckpointError(f"the weights are quantised ({what or 'its config says so'})", where=str(self.folder),
+                                  todo="Merge the full-precision checkpoint it was made from.")
         if self.dtype not in dtypes.FLOATS:
             raise CheckpointError(f"most weights are stored as {self.dtype}, not as floating point numbers", where=str(self.folder),
                                   todo="Merge a float32, float16 or bfloat16 checkpoint.")

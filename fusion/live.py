@@ -44,8 +44,7 @@ class LiveMerge:
     """Remembers the last merge; `update` computes the tensors whose weights, models or dtype differ from it."""
 
     def __init__(self):
-        self._tensors: dict[str, np.ndarray] = {}
-        self._made_of: dict[str, bytes] = {}
+        self._last: dict[str, tuple[bytes, np.ndarray]] = {}  # name → what it was made of, stored numbers
 
     def update(self, recipe: Recipe, variation: Variation | None = None) -> Work[LiveResult]:
         """Merge a recipe in memory; yields Progress, returns the LiveResult.
@@ -59,24 +58,25 @@ class LiveMerge:
                 variation = yield from measure(plan.pivot, plan.targets, elements=plan.per_element,
                                                allow_nonfinite=recipe.allow_nonfinite)
             ratios = plan.ratios(variation) if measured else np.zeros((len(plan.weights.names), len(plan.targets)))
-            computed = yield from self._compute(plan, ratios)
-            return LiveResult(plan, dict(self._tensors), plan.weights.table(ratios), computed)
+            tensors, computed = yield from self._compute(plan, ratios)
+            return LiveResult(plan, tensors, plan.weights.table(ratios), computed)
         finally:
             for model in plan.models:
                 model.close()
 
-    def _compute(self, plan: MergePlan, ratios: np.ndarray) -> Work[int]:
+    def _compute(self, plan: MergePlan, ratios: np.ndarray) -> Work[tuple[dict[str, np.ndarray], int]]:
         number = {name: t for t, name in enumerate(plan.weights.names)}
-        models = "|".join(model.fingerprint for model in plan.models)
+        models = "|".join(model.stamp for model in plan.models)
         made_of = {name: _signature(plan, number.get(name), ratios, models) for name, _, _ in plan.outputs()}
-        todo = [name for name, mark in made_of.items() if self._made_of.get(name) != mark]
+        last = self._last  # replaced as a whole, never changed: another thread may update meanwhile
+        tensors = {name: last[name][1] for name, mark in made_of.items() if name in last and last[name][0] == mark}
+        todo = [name for name in made_of if name not in tensors]
         meter = Meter("Merging in memory", len(todo), "tensors", sum(map(plan.read_bytes, todo)))
-        tensors = {name: stored for name, stored in self._tensors.items() if name in made_of}
         for name in todo:
             tensors[name] = _tensor(plan, name, number.get(name), ratios)
             yield meter.step(1, plan.read_bytes(name), name)
-        self._tensors, self._made_of = tensors, made_of
-        return len(todo)
+        self._last = {name: (mark, tensors[name]) for name, mark in made_of.items()}
+        return tensors, len(todo)
 
 
 def _signature(plan: MergePlan, t: int | None, ratios: np.ndarray, models: str) -> bytes:
@@ -88,7 +88,7 @@ def _signature(plan: MergePlan, t: int | None, ratios: np.ndarray, models: str) 
         weights = plan.recipe.measure.encode() + plan.weights.given[t].tobytes()
     else:
         weights = plan.weights.row(t, ratios[t]).tobytes()
-    return f"{models}|{plan.code(plan.weights.names[t])}|".encode() + weights
+    return f"{models}|{plan.code(plan.weights.names[t])}|{plan.recipe.allow_nonfinite}|".encode() + weights
 
 
 def _tensor(plan: MergePlan, name: str, t: int | None, ratios: np.ndarray) -> np.ndarray:
@@ -112,7 +112,7 @@ def chat_model(result: LiveResult, name: str) -> ChatModel:
     from fusion import chat
 
     plan, on_gpu = result.plan, torch.cuda.is_available()
-    stored = getattr(torch, dtypes.name(plan.code(plan.weights.names[0])))
+    stored = getattr(torch, plan.dtype)
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(plan.pivot.folder, **options)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from fusion import dtypes
 from fusion.card import model_card
 from fusion.checkpoint import Checkpoint
 from fusion.plan import MergePlan
@@ -72,9 +71,8 @@ def resolved(plan: MergePlan) -> Recipe:
 
 def side_files(plan: MergePlan, recipe: Recipe, variation: Variation, weights: np.ndarray) -> Iterator[tuple[str, bytes | str]]:
     """Everything beside the weights: config, the donor's files, recipe, variation report and model card."""
-    stored = dtypes.name(plan.code(plan.weights.names[0]))
     config = {key: value for key, value in plan.pivot.config.items() if key not in ("torch_dtype", "_name_or_path")}
-    yield "config.json", json.dumps({**config, "dtype": stored}, indent=2) + "\n"
+    yield "config.json", json.dumps({**config, "dtype": plan.dtype}, indent=2) + "\n"
     for name in _donor_files(plan.donor):
         yield name, (plan.donor.folder / name).read_bytes()
     report = variation.to_dict(recipe.granularity, recipe.measure, weights)
@@ -117,7 +115,7 @@ def _stream(plan: MergePlan, writer: CheckpointWriter, variation: Variation | No
             stop.set()
             pool.shutdown(cancel_futures=True)
     if variation is None:
-        variation = gather(plan.pivot, plan.targets, sums, plan.per_element)
+        variation = gather(plan.pivot, plan.targets, names, sums, plan.per_element)
     return variation, weights
 
 
@@ -127,6 +125,7 @@ def _measured(plan: MergePlan, t: int, stop: threading.Event) -> TensorSums:
 
 def _ratio(plan: MergePlan, t: int, sums: TensorSums) -> np.ndarray:
     """Ratios [J] of one tensor that is a unit of its own."""
-    alone = gather(plan.pivot, plan.targets, {plan.weights.names[t]: sums}, plan.per_element)
+    name = plan.weights.names[t]
+    alone = gather(plan.pivot, plan.targets, (name,), {name: sums}, plan.per_element)
     granularity = "parameter" if plan.per_element else "matrix"
     return alone.ratios(granularity, plan.recipe.measure)[0]

@@ -14,7 +14,7 @@ import numpy as np
 
 from fusion import dtypes
 from fusion.checkpoint import Checkpoint
-from fusion.errors import RecipeError, Stopped
+from fusion.errors import MismatchError, RecipeError, Stopped
 from fusion.methods import METHODS, elementwise, weighted
 from fusion.preflight import Preflight, mergeable_names, preflight
 from fusion.recipe import Recipe
@@ -76,6 +76,11 @@ class MergePlan:
         return [(name, self.code(name), tensor.shape) for name, tensor in self.pivot.info.items()
                 if name not in self.pivot.tied_copies]
 
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype that most of the result is stored with."""
+        return self.recipe.dtype or dtypes.name(self.pivot.dtype)
+
     def code(self, name: str) -> str:
         """The dtype code that a tensor is stored with."""
         stored = self.pivot.info[name].dtype
@@ -87,12 +92,14 @@ class MergePlan:
 
     def ratios(self, variation: Variation) -> np.ndarray:
         """The measured ratios [T, J] at the recipe's granularity and measure."""
+        if (variation.names, variation.targets) != (self.weights.names, self.recipe.names):
+            raise MismatchError("the variation was measured on other models", todo="Measure these models again.")
         return variation.ratios(self.recipe.granularity, self.recipe.measure)
 
     def blocks(self, t: int, ratio: np.ndarray, stop: threading.Event) -> Iterator[tuple[int, np.ndarray]]:
         """Merge tensor number `t` whose measured ratios are `ratio` [J]; yields (first element, stored numbers).
 
-        float32 arithmetic, one cast. CheckpointError when the result is NaN or Inf and that is not allowed.
+        float32 arithmetic, one cast. CheckpointError when a number read or made is NaN or Inf and that is not allowed.
         """
         name = self.weights.names[t]
         numel, code = self.pivot.info[name].numel, self.code(name)
@@ -106,8 +113,10 @@ class MergePlan:
             block = self.pivot.read(name, start, start + n, base)
             for j, target in enumerate(self.targets):
                 target.read(name, start, start + n, models[j])
-            stored = dtypes.encode(self._merge(t, ratio, block, models[:, :n], result[:n]), code)
-            if not self.recipe.allow_nonfinite and dtypes.overflowed(stored, code):
+            with np.errstate(over="ignore", invalid="ignore"):  # found two lines below
+                sound = np.isfinite(block).all() and np.isfinite(models[:, :n]).all()
+                stored = dtypes.encode(self._merge(t, ratio, block, models[:, :n], result[:n]), code)
+            if not self.recipe.allow_nonfinite and (not sound or dtypes.overflowed(stored, code)):
                 raise nonfinite(name, self.models)
             yield start, stored
 
@@ -117,4 +126,4 @@ class MergePlan:
         given = self.weights.given[t]
         if self.per_element and np.isnan(given).any():
             return elementwise(pivot, models, given, out, power=2 if self.recipe.measure == "square" else 1)
-        return weighted(pivot, models, self.weights.row(t, ratio), out)
+        return weighted(models, self.weights.row(t, ratio), out)

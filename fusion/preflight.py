@@ -17,6 +17,7 @@ from fusion import dtypes
 from fusion.anatomy import place
 from fusion.checkpoint import Checkpoint
 from fusion.errors import FusionError, MismatchError, OutputError, RecipeError, ResourceError
+from fusion.tables import bytes_text
 
 LEVELS = ("good", "warning", "bad")
 FUSE_FIRST = "It needs pairwise fusion first: that turns any chat model into a target of the pivot's shape."
@@ -169,8 +170,12 @@ def _shapes(pivot: Checkpoint, target: Checkpoint):
                       f"{list(pivot.info[other].shape)}. {FUSE_FIRST}", other)
         return
     missing = [name for name in wanted if name not in given]
-    extra = sorted(given - set(wanted))
-    if missing:
+    extra = [name for name in mergeable_names(target) if name not in set(wanted)]
+    whole = next((name for name in missing if name in target.info and name not in target.tied_copies), None)
+    if whole:
+        yield Finding("bad", target.name, "dtype", f"{whole} is stored as {target.info[whole].dtype}, in the pivot as "
+                      f"{dtypes.name(pivot.info[whole].dtype)}; only floating point weights can be merged.", whole)
+    elif missing:
         tail = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         yield Finding("bad", target.name, "missing", f"It lacks {missing[0]}{tail}. {_why(pivot, target, missing[0])}", missing[0])
     elif extra:
@@ -221,12 +226,12 @@ def _output(out: str | os.PathLike | None, written: int, free: int):
         yield Finding("bad", "", "output", f"{out} exists already. Choose another folder; nothing is ever overwritten.",
                       kind=OutputError)
     if out is not None and written * 1.02 > free:
-        text = f"The result needs {written / 1e9:.1f} GB, the disk of {out} has {free / 1e9:.1f} GB free."
+        text = f"The result needs {bytes_text(written)}, the disk of {out} has {bytes_text(free)} free."
         yield Finding("bad", "", "disk", f"{text} Free some space or choose another disk.", kind=ResourceError)
 
 
 def _existing(path: Path) -> Path:
     path = path.absolute()
-    while not path.exists():
+    while not os.path.exists(path):
         path = path.parent
     return path

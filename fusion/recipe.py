@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,6 +19,7 @@ from fusion.variation import MEASURES
 
 VERSION = 1
 MAX_TARGETS = 16
+MAX_NUMBER = 1e30  # of a weight; their sum stays finite
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,10 @@ class Recipe:
         if measured:
             data |= {"granularity": self.granularity, "measure": self.measure}
         else:
-            data |= {"weights": list(self.weights or (1.0,) * len(self.targets))}
+            data |= {"weights": [float(weight) for weight in self.weights or (1.0,) * len(self.targets)]}
         if self.overrides:
-            data["overrides"] = [{"tensors": o.tensors, "weights": dict(o.weights)} for o in self.overrides]
+            data["overrides"] = [{"tensors": o.tensors, "weights": {name: float(weight) for name, weight in o.weights.items()}}
+                                 for o in self.overrides]
         if self.exclude:
             data["exclude"] = list(self.exclude)
         if self.dtype:
@@ -154,7 +155,7 @@ class Recipe:
             raise RecipeError("the recipe is longer than 4 MB", where="recipe")
         try:
             data = yaml.load(text, Loader=_StrictLoader())
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
+        except Exception as error:  # the border to PyYAML, which raises a dozen kinds
             raise RecipeError(f"not valid YAML: {' '.join(str(error).split())[:400]}", where="recipe") from error
         return cls.from_dict(data)
 
@@ -180,7 +181,8 @@ class Recipe:
         names, targets = _targets(data.get("targets", ()), found)
         if found:
             raise RecipeError("\n".join(found), where="recipe" if len(found) == 1 else f"recipe, {len(found)} problems")
-        return cls(targets=targets, names=names, **{"pivot": "", **values}).check()
+        recipe = cls(targets=targets, **{"pivot": "", **values})
+        return recipe.with_(names=tuple(own or short for own, short in zip(names, recipe.names, strict=True))).check()
 
     def with_(self, **changes) -> Recipe:
         """A copy with some settings changed."""
@@ -206,7 +208,7 @@ def _tails(path: str) -> Iterator[str]:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -MAX_NUMBER < value < MAX_NUMBER
 
 
 def _field(key: str, value: object, found: list[str]) -> object:
@@ -247,7 +249,7 @@ def _targets(value: object, found: list[str]) -> tuple[tuple[str, ...], tuple[st
                 or not isinstance(entry.get("name", ""), str):
             found.append(f"targets: {entry!r} should be a path, or a table with `path` and `name`.")
             continue
-        names.append(entry.get("name") or Path(entry["path"]).name)
+        names.append(entry.get("name", ""))
         paths.append(entry["path"])
     return tuple(names), tuple(paths)
 
@@ -257,6 +259,11 @@ def _StrictLoader():
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def construct_scalar(self, node):
+            if node.tag.endswith(":int") and len(node.value) > 20:
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a number of {len(node.value)} digits")
+            return super().construct_scalar(node)
+
         def compose_node(self, parent, index):
             if self.check_event(yaml.events.AliasEvent):
                 raise yaml.YAMLError("aliases are not allowed in a recipe")

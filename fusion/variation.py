@@ -10,7 +10,7 @@ every model is read once; memory is a few small blocks. Source: FuseChat, arXiv 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
@@ -91,10 +91,11 @@ class Variation:
         """The report as one plain dict per tensor and target, with the effective `weights` [T, J] where they are known."""
         means, ratios, units = self.means(granularity, measure), self.ratios(granularity, measure), self.units(granularity)
         extra = (lambda t, j: {}) if weights is None else (lambda t, j: {"weight": float(weights[t, j])})
+        changed = self.changed / np.maximum(self.numel, 1)[:, None]
         return [{"tensor": name, "unit": units[t], "layer": place(name).layer, "module": place(name).module,
                  "matrix": place(name).matrix, "shape": list(self.shapes[t]), "target": target,
                  "variation": float(means[t, j]), "ratio": float(ratios[t, j]),
-                 "changed": float(self.changed[t, j] / max(self.numel[t], 1)), **extra(t, j)}
+                 "changed": float(changed[t, j]), **extra(t, j)}
                 for t, name in enumerate(self.names) for j, target in enumerate(self.targets)]
 
     def to_dict(self, granularity: str = "matrix", measure: str = "square", weights: np.ndarray | None = None) -> dict:
@@ -155,7 +156,7 @@ def measure(pivot: Checkpoint, targets: Sequence[Checkpoint], *, elements: bool 
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    return gather(pivot, targets, sums, elements)
+    return gather(pivot, targets, names, sums, elements)
 
 
 @dataclass
@@ -203,10 +204,12 @@ def sum_tensor(name: str, pivot: Checkpoint, targets: Sequence[Checkpoint], stop
             raise Stopped("stopped")
         end = min(start + BLOCK, numel)
         block = pivot.read(name, start, end, base)
-        for j, target in enumerate(targets):
-            np.subtract(target.read(name, start, end, moved), block, out=deltas[j, :end - start], dtype=np.float64)
         part = deltas[:, :end - start]
-        if not np.isfinite(part.sum() + block.sum(dtype=np.float64)):
+        with np.errstate(invalid="ignore"):  # Inf − Inf, found below
+            for j, target in enumerate(targets):
+                np.subtract(target.read(name, start, end, moved), block, out=part[j], dtype=np.float64)
+            sound = np.isfinite(part.sum() + block.sum(dtype=np.float64))
+        if not sound:
             if not allow_nonfinite:
                 raise nonfinite(name, [pivot, *targets])
             np.copyto(part, 0, where=~np.isfinite(part))
@@ -218,22 +221,22 @@ def sum_tensor(name: str, pivot: Checkpoint, targets: Sequence[Checkpoint], stop
 def nonfinite(name: str, models: Sequence[Checkpoint]) -> CheckpointError:
     """The error that says which model's tensor holds NaN or Inf, and how many."""
     for model in models:
-        bad = int(np.count_nonzero(~np.isfinite(model[name])))
+        numel, values = model.info[name].numel, np.empty(BLOCK, np.float32)
+        bad = sum(int(np.count_nonzero(~np.isfinite(model.read(name, start, min(start + BLOCK, numel), values))))
+                  for start in range(0, numel, BLOCK))
         if bad:
             return CheckpointError(f"{name} holds {bad} values that are NaN or Inf", where=model.name,
                                    todo="Use a sound checkpoint, or allow them with --allow-nonfinite.")
     return CheckpointError(f"{name} becomes NaN or Inf when merged", todo="Store the result as float32 or bfloat16.")
 
 
-def gather(pivot: Checkpoint, targets: Sequence[Checkpoint], sums: dict[str, TensorSums],
+def gather(pivot: Checkpoint, targets: Sequence[Checkpoint], names: Sequence[str], sums: Mapping[str, TensorSums],
            elements: bool = False) -> Variation:
-    """Put the sums of all tensors into one Variation, in the pivot's tensor order."""
-    names = tuple(name for name in mergeable_names(pivot) if name in sums)
-
+    """Put the sums of these tensors into one Variation, in the order of `names`."""
     def table(field: str) -> np.ndarray:
         return np.array([getattr(sums[name], field) for name in names]).reshape(len(names), len(targets))
 
-    return Variation(names, tuple(pivot.info[name].shape for name in names), tuple(target.name for target in targets),
+    return Variation(tuple(names), tuple(pivot.info[name].shape for name in names), tuple(target.name for target in targets),
                      table("square"), table("absolute"), table("changed"),
                      np.array([sums[name].pivot_square for name in names]),
                      table("element_square") if elements else None, table("element_absolute") if elements else None)

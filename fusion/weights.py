@@ -5,8 +5,8 @@ Precedence, last wins: measured ratio (or the recipe's numbers) → overrides in
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,15 +72,26 @@ def effective_weights(recipe: Recipe, variation: Variation) -> tuple[WeightPlan,
     return plan, plan.table(variation.ratios(recipe.granularity, recipe.measure))
 
 
+def give_weight(given: Mapping[str, float], target: str, weight: float, targets: Sequence[str]) -> dict[str, float]:
+    """The weights given by hand for one tensor after one more is given: the newest stands, earlier ones make room for it.
+
+    `given` maps targets to weights, `targets` names all of them. RecipeError when there is only one target.
+    """
+    if len(targets) < 2:
+        raise RecipeError("there is only one target, so its weight is 1 everywhere", todo="Pick a second target.")
+    others = {name: value for name, value in given.items() if name != target and name in targets}
+    total, room = sum(others.values()), 1.0 - weight
+    nobody_free = len(others) == len(targets) - 1
+    if total > room or nobody_free:
+        others = {name: value * room / total for name, value in others.items()} if total > 0 else {}
+    return {**others, target: weight}
+
+
 def matching(pattern: str, names: Iterable[str], setting: str) -> list[str]:
     """The names that a pattern (`*` any text, `?` one character, else literal) matches whole; RecipeError when none does."""
     names = list(names)
-    if "*" not in pattern and "?" not in pattern:
-        found = [pattern] if pattern in names else []
-    else:
-        regex = re.compile("".join(".*" if part == "*" else "." if part == "?" else re.escape(part)
-                                   for part in re.split(r"([*?])", pattern)))
-        found = [name for name in names if regex.fullmatch(name)]
+    shell = pattern.replace("[", "[[]")
+    found = [name for name in names if fnmatch.fnmatchcase(name, shell)]
     if not found:
         raise RecipeError(f"no tensor matches {pattern!r}", where=setting, todo=nearest(pattern, names))
     return found

@@ -6,6 +6,7 @@ The layout of every shard is planned first, so blocks of different tensors can b
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -120,8 +121,9 @@ class CheckpointWriter:
     def _make_parents(self) -> None:
         missing = [parent for parent in self.out.parents if not parent.exists()]
         for parent in reversed(missing):
-            parent.mkdir()
-            self._made.append(parent)
+            with contextlib.suppress(FileExistsError):  # another merge made it meanwhile, so it is not ours to remove
+                parent.mkdir()
+                self._made.append(parent)
 
     def _open_shard(self, file: str, header: bytes) -> None:
         descriptor = os.open(self.folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -170,8 +172,8 @@ def plan_shards(tensors: Sequence[tuple[str, str, tuple[int, ...]]],
 def _disk(out: Path):
     try:
         yield
-    except OSError as error:
-        if error.errno == 28:
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError("the disk is full", where=str(out), todo="Free some space; nothing was left behind.") from error
-        raise OutputError(f"cannot be written ({error.strerror})", where=str(out),
+        raise OutputError(f"cannot be written ({getattr(error, 'strerror', error)})", where=str(out),
                           todo="Choose a folder you may write to.") from error

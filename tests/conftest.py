@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+settings.register_profile("house", max_examples=40, deadline=None)
+settings.load_profile("house")
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 2, "tie_word_embeddings": False}
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -102,3 +106,12 @@ def save_family(folder: Path, arch: str = "llama", targets: int = 2, dtype: str 
 def family(tmp_path_factory):
     """`family(arch)`: folders of a real pivot and two targets, made once; never write into them."""
     return lru_cache(lambda arch="llama": save_family(tmp_path_factory.mktemp(arch), arch))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """One headless Chromium for all tests of the page."""
+    from tests.browser import chromium
+
+    with chromium() as started:
+        yield started

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import save_raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusion.errors import CheckpointError, FusionError
 from fusion.header import read_header
+from tests.conftest import save_raw
 
 GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "BF16", "shape": [], "data_offsets": [8, 10]}}
 
@@ -97,7 +97,7 @@ ENTRIES = st.fixed_dictionaries({"dtype": st.sampled_from(["F32", "BF16", "I64",
                                  "data_offsets": st.lists(st.integers(-1, 40), min_size=2, max_size=2) | JSONS})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200)
 @given(header=JSONS | st.dictionaries(st.text(max_size=3), ENTRIES, max_size=3), data=st.binary(max_size=40))
 def test_any_json_ends_in_tensors_or_in_an_error_for_people(tmp_path_factory, header, data):
     folder = tmp_path_factory.getbasetemp() / "fuzzed"
@@ -108,7 +108,7 @@ def test_any_json_ends_in_tensors_or_in_an_error_for_people(tmp_path_factory, he
     assert sum(tensor.nbytes for tensor in tensors) == len(data)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200)
 @given(content=st.binary(max_size=80), claim=st.none() | st.integers(0, 90))
 def test_any_bytes_end_in_tensors_or_in_an_error_for_people(tmp_path_factory, content, claim):
     path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"

@@ -1,0 +1,170 @@
+"""fusion.preflight: whether models can be merged, in words, from headers and configs alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import namedtuple
+
+import numpy as np
+import pytest
+
+from fusion.checkpoint import Checkpoint
+from fusion.errors import MismatchError, OutputError, RecipeError, ResourceError
+from fusion.preflight import mergeable_names, preflight
+from tests.conftest import save_checkpoint, save_family, tiny_tokenizer
+
+EMBED, UP, NORM, HEAD = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"
+TENSORS = {EMBED: np.ones((3, 2), np.float32), UP: np.ones((4, 2), np.float32), NORM: np.ones(2, np.float32),
+           HEAD: np.ones((3, 2), np.float32)}
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """`pair(tensors, dtype, config)`: the pivot and a target that differs from it as said, opened."""
+    def make(tensors=TENSORS, dtype="float32", config=None, pivot=TENSORS, pivot_config=None):
+        return (Checkpoint(save_checkpoint(tmp_path / "pivot", pivot, config=pivot_config)),
+                Checkpoint(save_checkpoint(tmp_path / "target", tensors, dtype, config)))
+    return make
+
+
+def bad(pivot: Checkpoint, target: Checkpoint):
+    report = preflight(pivot, [target])
+    assert report.level == "bad"
+    return next(finding for finding in report.findings if finding.level == "bad")
+
+
+def without(name: str) -> dict:
+    return {key: value for key, value in TENSORS.items() if key != name}
+
+
+def test_it_reads_no_weight(tmp_path, monkeypatch):
+    folders = save_family(tmp_path, "llama")
+    monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("a weight was read"))
+    pivot, *targets = map(Checkpoint, folders)
+    report = preflight(pivot, targets, out=tmp_path / "out", dtype="float32").raise_if_bad()
+    assert report.level == "good" and [facts.role for facts in report.models] == ["pivot", "target", "target"]
+
+
+def test_the_cost_counts_what_is_read_and_written(pair):
+    pivot, target = pair()
+    numel = sum(value.size for value in TENSORS.values())
+    assert (preflight(pivot, [target]).bytes_read, preflight(pivot, [target]).bytes_written) == (2 * 4 * numel, 4 * numel)
+    assert preflight(pivot, [target], dtype="bfloat16").bytes_written == 2 * numel
+
+
+def test_equal_shapes_are_good(pair):
+    report = preflight(*[part if i == 0 else [part] for i, part in enumerate(pair())])
+    assert [finding.topic for finding in report.findings if finding.level == "bad"] == []
+    assert report.to_dict()["mergeable"] is True
+
+
+def test_another_shape_names_the_first_tensor_and_asks_for_fusion(pair):
+    found = bad(*pair({**TENSORS, UP: np.ones((4, 3), np.float32), NORM: np.ones(3, np.float32)}))
+    assert found.tensor == UP and "needs pairwise fusion first" in found.text
+    assert "[4, 3]" in found.text and "[4, 2]" in found.text
+
+
+def test_another_architecture_names_the_first_tensor_and_asks_for_fusion(pair):
+    found = bad(*pair({"transformer.wte.weight": np.ones((3, 2), np.float32)}, config={"architectures": ["GPT2LMHeadModel"]}))
+    assert found.tensor == HEAD and HEAD in found.text and "needs pairwise fusion first" in found.text
+    assert "GPT2LMHeadModel" in found.text and "LlamaForCausalLM" in found.text
+
+
+def test_another_vocabulary_names_the_first_token_and_asks_for_fusion(pair):
+    pivot, target = pair()
+    for model in (pivot, target):
+        tiny_tokenizer().save_pretrained(model.folder)
+    file = target.folder / "tokenizer.json"
+    other = json.loads(file.read_text())
+    other["model"]["vocab"]["zebra"] = other["model"]["vocab"].pop("!")
+    file.write_text(json.dumps(other))
+    found = bad(Checkpoint(pivot.folder), Checkpoint(target.folder))
+    assert "'zebra'" in found.text and "needs pairwise fusion first" in found.text
+
+
+def test_the_error_says_which_model_which_tensor_and_what_to_do(pair):
+    pivot, target = pair({**TENSORS, UP: np.ones((4, 3), np.float32)})
+    with pytest.raises(MismatchError, match=rf"^target: {UP} has shape .* needs pairwise fusion first"):
+        preflight(pivot, [target]).raise_if_bad()
+
+
+@pytest.mark.parametrize(("tensors", "tensor", "words"), [
+    (without(NORM), NORM, f"It lacks {NORM}. It needs pairwise fusion"),
+    ({**TENSORS, "z.bias": np.ones(4, np.float32)}, "z.bias", "It has z.bias, which the pivot has not"),
+    ({**TENSORS, NORM: np.ones(2, np.int64)}, NORM, f"{NORM} is stored as I64, in the pivot as float32"),
+])
+def test_names_and_kinds_of_numbers_must_agree(pair, tensors, tensor, words):
+    found = bad(*pair(tensors))
+    assert found.tensor == tensor and words in found.text
+
+
+@pytest.mark.parametrize(("pivot", "pivot_tied", "target", "target_tied", "mergeable"), [
+    (without(HEAD), True, without(HEAD), True, True),
+    (without(HEAD), True, TENSORS, True, True),
+    (TENSORS, True, without(HEAD), True, True),
+    (TENSORS, False, TENSORS, False, True),
+    (without(HEAD), True, TENSORS, False, False),
+    (TENSORS, False, without(HEAD), True, False),
+    (TENSORS, False, TENSORS, True, False),
+])
+def test_heads_must_be_tied_in_all_or_in_none(pair, pivot, pivot_tied, target, target_tied, mergeable):
+    pivot, target = pair(target, config={"tie_word_embeddings": target_tied}, pivot=pivot,
+                         pivot_config={"tie_word_embeddings": pivot_tied})
+    assert (HEAD in mergeable_names(pivot)) == (not pivot_tied)
+    if mergeable:
+        assert preflight(pivot, [target]).level != "bad"
+    else:
+        assert "ties its head to the embedding" in bad(pivot, target).text
+
+
+def test_equal_shapes_of_other_meaning_are_refused(pair):
+    found = bad(*pair(config={"num_attention_heads": 8}, pivot_config={"num_attention_heads": 4}))
+    assert "num_attention_heads is 8 here and 4 in the pivot" in found.text.lower()
+
+
+def test_what_only_deserves_a_warning_is_still_mergeable(pair):
+    report = preflight(*[part if i == 0 else [part] for i, part in enumerate(
+        pair(dtype="bfloat16", config={"rope_theta": 2}, pivot_config={"rope_theta": 1}))])
+    assert report.level == "warning"
+    assert {finding.topic for finding in report.findings} == {"vocabulary", "config", "dtype"}
+
+
+def test_no_target_and_a_target_given_twice_are_refused(pair, tmp_path):
+    pivot, target = pair()
+    (tmp_path / "link").symlink_to(target.folder)
+    with pytest.raises(RecipeError, match="no target"):
+        preflight(pivot, []).raise_if_bad()
+    for again in (pivot.folder, target.folder, tmp_path / "link", target.folder / ".." / "target"):
+        with pytest.raises(RecipeError, match="same folder is given twice"):
+            preflight(pivot, [target, Checkpoint(again, "again")]).raise_if_bad()
+    other = Checkpoint(save_checkpoint(tmp_path / "else" / "target", TENSORS))
+    with pytest.raises(RecipeError, match="Two models are called target"):
+        preflight(pivot, [target, other]).raise_if_bad()
+
+
+def test_an_output_that_exists_is_refused(pair, tmp_path):
+    pivot, target = pair()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for out in (tmp_path, pivot.folder / "config.json", tmp_path / "dangling"):
+        with pytest.raises(OutputError, match="exists already"):
+            preflight(pivot, [target], out=out).raise_if_bad()
+
+
+def test_too_small_a_disk_is_refused_with_both_sizes(pair, tmp_path, monkeypatch):
+    pivot, target = pair()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "total used free")(100, 90, 10))
+    with pytest.raises(ResourceError, match=r"needs 88 bytes, the disk of .* has 10 bytes free"):
+        preflight(pivot, [target], out=tmp_path / "new" / "out").raise_if_bad()
+
+
+@pytest.mark.parametrize("out", ["a" * 5000, "a\0b", "new/deep/out"])
+def test_an_odd_output_path_does_not_break_it(pair, out):
+    pivot, target = pair()
+    assert preflight(pivot, [target], out=out).free_disk_bytes > 0
+
+
+def test_the_report_is_plain_json(pair):
+    pivot, target = pair()
+    assert json.loads(json.dumps(preflight(pivot, [target]).to_dict(), allow_nan=False))["models"][0]["name"] == "pivot"
