@@ -55,7 +55,7 @@ class Handlers:
         `columns` is 2 to 4; `model_a` to `model_d` are keys of models, one per column; system prompt, temperature,
         top-p, max tokens and seed hold for all. The conversation goes on within one session.
         """
-        if not prompt.strip():
+        if not isinstance(prompt, str) or not prompt.strip():
             yield {self.tab.prompt: gr.skip()}
             return
         with politely():
@@ -119,7 +119,9 @@ class Handlers:
                     yield news or {self.tab.live: gr.skip()}
         finally:
             self.running.end(session)
-        yield self._settled((*conversation, turn)) | {self.tab.prompt: gr.Textbox(submit_btn=True, stop_btn=False)}
+        talk = (*conversation, turn)
+        yield (self._columns(talk, selection, keys) | self._settled(talk)
+               | {self.tab.prompt: gr.Textbox(submit_btn=True, stop_btn=False)})
 
     # ── the rest of the conversation ──────────────────────────────────────────────────────────────────────────────
 
@@ -238,7 +240,7 @@ def _sampling(system: str, temperature: float, top_p: float, max_tokens: int, se
 
 
 def _check_prompt(prompt: object, conversation: Conversation) -> None:
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or not prompt.strip():  # an edited message can be anything
         raise RecipeError("The message is empty", todo="Write something to the models.")
     if len(prompt) > MAX_PROMPT_CHARS:
         raise RecipeError(f"The message has {len(prompt):,} characters", todo=f"Shorten it to {MAX_PROMPT_CHARS:,}.")

@@ -23,15 +23,14 @@ EMPTY = """<div class="fc-empty"><strong>Nothing said yet</strong>
 # regions too and would read out every token of every column at once; and Gradio leaves send and stop without a name.
 LIVE = "<div class='fc-live' role='status' aria-live='polite'></div>"
 LIVE_JS = """const region = element.querySelector('.fc-live');
-const name = (what, label) => document.querySelectorAll(what).forEach(e => e.setAttribute('aria-label', label));
-const speak = () => {
-  region.textContent = props.value || '';
-  setTimeout(() => {
-    document.querySelectorAll('#chat-columns [role=log]').forEach(e => e.setAttribute('aria-live', 'off'));
-    name('#chat-prompt .submit-button', 'Send to all models');
-    name('#chat-prompt .stop-button', 'Stop all models');
-  }, 100);
+const set = (what, name, value) => document.querySelectorAll(what).forEach(e => e.setAttribute(name, value));
+const tidy = () => {
+  set('#chat-columns [role=log]', 'aria-live', 'off');
+  set('#chat-prompt .submit-button', 'aria-label', 'Send to all models');
+  set('#chat-prompt .stop-button', 'aria-label', 'Stop all models');
+  if (element.isConnected && !document.querySelector('#chat-prompt button[aria-label]')) setTimeout(tidy, 200);
 };
+const speak = () => { region.textContent = props.value || ''; setTimeout(tidy, 100); };
 watch('value', speak); speak();"""
 
 

@@ -111,7 +111,8 @@ def expected_bytes(folder: str | Path) -> int:
 def _weight_files(folder: Path, name: str) -> list[Path]:
     if not (folder / "config.json").is_file():
         raise CheckpointError("There is no config.json here", where=name, todo="Choose a whole checkpoint.")
-    files = sorted(folder.glob("*.safetensors"))
+    # Some checkpoints bring the same weights once more under another name, which transformers leaves alone too.
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError("There are no safetensors weights here", where=name,
                               todo="Convert the checkpoint to safetensors; pickled weights are never opened.")
