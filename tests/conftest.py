@@ -28,7 +28,7 @@ ARCHITECTURES = {
     "llama-tied": ("Llama", {**_LLAMA, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2", _LLAMA),
     "gpt2": ("GPT2", {**_SHAPE, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "gpt-neox": ("GPTNeoX", {**_LLAMA, "num_key_value_heads": 4}),
+    "gpt-neox": ("GPTNeoX", _LLAMA),
     "mixtral": ("Mixtral", {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
@@ -89,7 +89,7 @@ def save_family(folder: Path, arch: str = "llama", targets: int = 2, dtype: str 
     family, config = ARCHITECTURES[arch]
     torch.manual_seed(0)
     made = getattr(transformers, f"{family}Config")(**config, initializer_range=0.2)
-    model = getattr(transformers, f"{family}ForCausalLM")(made).to(getattr(torch, dtype))
+    model = transformers.AutoModelForCausalLM.from_config(made, dtype=getattr(torch, dtype))
     model.generation_config = transformers.GenerationConfig(temperature=0.7, do_sample=True, eos_token_id=2)
     folders = [folder / "pivot", *(folder / f"target-{'abcdefgh'[j]}" for j in range(targets))]
     for j, its in enumerate(folders):
