@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from components.heatmap import Grid
-from components.state import COLORS, LETTERS
+from components.state import COLORS, INKS, LETTERS
 from fusion.anatomy import place
 
 INK = "#7c8698"  # the one grey that keeps 3:1 on white and on slate 900; CSS below makes it exact where the page allows
@@ -94,7 +94,7 @@ def share_per_module(grid: Grid) -> go.Figure:
             marker={"color": COLORS[j % len(COLORS)], "line": {"width": 0}},
             text=["" if share is None else f"{letter} {share:.0%}" for share in shares], textposition="inside",
             insidetextanchor="middle", textangle=0,
-            insidetextfont={"color": _ink(COLORS[j % len(COLORS)])},
+            insidetextfont={"color": INKS[j % len(INKS)]},
             customdata=[[plain(module), _count(grid, units[module])] for module in modules],
             hovertemplate=f"{letter} · {plain(name)}<br>%{{customdata[0]}}: share %{{x:.5~g}}<br>%{{customdata[1]}}"
                           "<extra></extra>"))
@@ -106,12 +106,6 @@ def share_per_module(grid: Grid) -> go.Figure:
     figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ", tickvals=list(range(len(modules))),
                         ticktext=[plain(module, 24) for module in modules])
     return figure
-
-
-def _ink(color: str) -> str:
-    """Black or white, whichever stands out more on a #rrggbb colour (WCAG relative luminance)."""
-    linear = [((v / 255 + 0.055) / 1.055) ** 2.4 for v in bytes.fromhex(color[1:])]
-    return "#000" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.179 else "#fff"
 
 
 def _module(name: str) -> str:

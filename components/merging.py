@@ -54,16 +54,16 @@ class MergeTab:
         return [self.method, self.granularity, self.measure, *self.weights, self.exclude, self.dtype, self.donor]
 
 
-def build(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.State,
+def build(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.State, job: gr.BrowserState,
           tabs: gr.Tabs) -> tuple[MergeTab, Dependency, Dependency]:
-    """Lay out the tab and bind its events; `tabs` jumps to Chat when a merge is ready.
+    """Lay out the tab and bind its events; `job` keeps the id of a save in the browser, `tabs` jumps to Chat.
 
     Returns the tab and the two events that end with a saved folder: saving now, and a page that came back to a job.
     """
     tab = _lay_out(studio, selection.value)
     _bind_settings(studio, page, selection, settings, tab)
     _bind_running(studio, selection, settings, tab, tabs)
-    return tab, *_bind_saving(studio, page, selection, settings, tab)
+    return tab, *_bind_saving(studio, page, selection, settings, job, tab)
 
 
 def _lay_out(studio: Studio, now: Selection) -> MergeTab:
@@ -224,9 +224,8 @@ def _bind_running(studio: Studio, selection: gr.State, settings: gr.State, tab: 
                   show_progress="hidden", concurrency_limit=2)
 
 
-def _bind_saving(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.State,
+def _bind_saving(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.State, job: gr.BrowserState,
                  tab: MergeTab) -> tuple[Dependency, Dependency]:
-    job = gr.BrowserState(None, storage_key="fusechat-save")
     buttons = [tab.status, tab.save, tab.stop]
 
     def begin(name: str, now: Selection, wish: Settings) -> str:

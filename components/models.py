@@ -9,7 +9,7 @@ import gradio as gr
 import numpy as np
 
 from components.heatmap import Grid
-from components.state import COLORS, LETTERS, MAX_TARGETS, Selection
+from components.state import COLORS, INKS, LETTERS, MAX_TARGETS, Selection
 from components.status import note
 from components.studio import Studio
 from fusion import FusionError, Preflight, demo, place
@@ -131,7 +131,7 @@ def _report(report: Preflight, selection: Selection) -> str:
 def _row(facts: Facts, findings: list[Finding], key: str, i: int) -> str:
     level = max((found.level for found in findings), key=("good", "warning", "bad").index, default="good")
     mark = "<span class='fs-mark fs-pivot'>P</span>" if i == 0 else \
-        f"<span class='fs-mark' style='background:{COLORS[(i - 1) % len(COLORS)]}'>{LETTERS[i - 1]}</span>"
+        f"<span class='fs-mark' style='background:{COLORS[i - 1]};color:{INKS[i - 1]}'>{LETTERS[i - 1]}</span>"
     tokens = facts.vocabulary if facts.vocabulary is not None else facts.vocab_size
     shape = [escape(facts.architecture), f"{_count(facts.parameters)} parameters", f"{facts.layers} layers", facts.dtype,
              f"{tokens:,} tokens" if tokens else "no vocabulary", "tied head" if facts.tied else "own head",
@@ -162,7 +162,7 @@ def at_a_glance(grid: Grid | None) -> str:
     rows = []
     for kind in dict.fromkeys(kinds):
         share = np.average(grid.ratio[kinds == kind], axis=0, weights=np.maximum(sizes[kinds == kind], 1))
-        parts = "".join(f"<i style='width:{100 * part:.2f}%;background:{COLORS[j]}'>{_percent(part, j)}</i>"
+        parts = "".join(f"<i style='width:{100 * part:.2f}%;background:{COLORS[j]};color:{INKS[j]}'>{_percent(part, j)}</i>"
                         for j, part in enumerate(share))
         said = ", ".join(f"{LETTERS[j]} {part:.0%}" for j, part in enumerate(share))
         rows.append(f"<div class='fs-share'><b>{kind}</b><span role='img' aria-label='{said}'>{parts}</span></div>")

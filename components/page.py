@@ -21,6 +21,7 @@ def build(studio: Studio) -> gr.Blocks:
     first = studio.first_selection()
     with gr.Blocks(title="FuseChat Studio", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         selection, settings = gr.State(first), gr.State(Settings())
+        job = gr.BrowserState(None, storage_key="fusechat-save")  # not inside a tab: those are mounted only when opened
         gr.HTML(HEADER, elem_id="header")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("1 · Models", id="models"):
@@ -28,7 +29,7 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Tab("2 · Variation", id="variation"):
                 variation.build(studio, page, selection, settings, picked.glance)
             with gr.Tab("3 · Merge", id="merge"):
-                _, *saved = merging.build(studio, page, selection, settings, tabs)
+                _, *saved = merging.build(studio, page, selection, settings, job, tabs)
             with gr.Tab("4 · Chat", id="chat"):
                 chat.build(studio, selection)
         menus = [picked.pivot, picked.targets, picked.sources, picked.table]

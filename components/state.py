@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 MAX_TARGETS = 4
 LETTERS = "ABCDEFGH"
 COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44")  # Tol's bright scheme: told apart by colour-blind people too
+INKS = ("#fff", "#000", "#fff", "#000")  # what is readable on them
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from components.figures import _ink, plain, ratio_by_depth, share_per_module
+from components.figures import plain, ratio_by_depth, share_per_module
 from components.heatmap import Grid
-from components.state import COLORS
+from components.state import COLORS, INKS
 
 
 def grid(tensors, shapes, ratio, targets=("Maths", "Code")):
@@ -99,6 +99,9 @@ def test_names_cannot_become_tags_or_hover_fields(two_layers):
         assert "<b>" not in figure.data[0].name and "<b>%{y}" not in figure.data[0].hovertemplate
 
 
-@pytest.mark.parametrize(("color", "ink"), [("#4477AA", "#fff"), ("#CCBB44", "#000"), ("#000000", "#fff"), ("#ffffff", "#000")])
-def test_ink_on_a_bar_is_readable(color, ink):
-    assert _ink(color) == ink
+@pytest.mark.parametrize(("color", "ink"), zip(COLORS, INKS, strict=True))
+def test_ink_is_readable_on_every_target_colour(color, ink):
+    linear = [((v / 255 + 0.055) / 1.055) ** 2.4 for v in bytes.fromhex(color[1:])]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    contrast = 1.05 / (luminance + 0.05) if ink == "#fff" else (luminance + 0.05) / 0.05
+    assert contrast >= 4.5  # WCAG 2 AA

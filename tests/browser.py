@@ -1,0 +1,38 @@
+"""Headless Chromium for the tests: the system's when there is one, else the one that Playwright installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+# No background traffic: on a closed network it only makes noise.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """Start a browser and close it at the end; FUSECHAT_CHROMIUM names another one."""
+    path = os.environ.get("FUSECHAT_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def open_tab(page: Page, name: str) -> None:
+    """Choose a tab by its title; on narrow pages the later ones are in a menu."""
+    page.get_by_role("tab").first.wait_for()
+    tab = page.get_by_role("tab", name=name)
+    if tab.is_visible():
+        tab.click()
+    else:
+        page.locator(".overflow-menu > button").click()
+        page.locator(".overflow-dropdown").get_by_text(name).click()
