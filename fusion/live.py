@@ -110,15 +110,20 @@ def chat_model(result: LiveResult, name: str) -> ChatModel:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     from fusion import chat
+    from fusion.chat.model import _LOADING  # from_pretrained switches process-wide settings while it works
 
     plan, on_gpu = result.plan, torch.cuda.is_available()
-    stored = getattr(torch, plan.dtype)
+    dtype = getattr(torch, plan.dtype) if on_gpu else torch.float32
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(plan.pivot.folder, **options)
-        with torch.device("meta"):  # only to learn the class, without weights
-            kind = type(AutoModelForCausalLM.from_config(config))
-        model = kind.from_pretrained(None, config=config, state_dict=state_dict(result), dtype=stored if on_gpu else torch.float32)
+        with _LOADING:
+            with torch.device("meta"):  # only to learn the class, without weights
+                kind = type(AutoModelForCausalLM.from_config(config))
+            model, info = kind.from_pretrained(None, config=config, state_dict=state_dict(result), dtype=dtype,
+                                               output_loading_info=True)
+        if info["missing_keys"]:  # transformers would fill them with random numbers and say so only in the log
+            raise CheckpointError(f"{min(info['missing_keys'])} is missing")
         if (plan.donor.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(plan.donor.folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(plan.donor.folder, **options)
@@ -133,8 +138,8 @@ def state_dict(result: LiveResult) -> dict:
     import torch
 
     def tensor(name: str, code: str, shape: tuple[int, ...]):
-        data = torch.from_numpy(np.ascontiguousarray(result.tensors[name]).view(np.uint8).copy())
-        return data.view(getattr(torch, _TORCH_NAMES[code])).reshape(shape)
+        data, dtype = bytearray(result.tensors[name]), getattr(torch, _TORCH_NAMES[code])
+        return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
     return {name: tensor(name, code, shape) for name, code, shape in result.plan.outputs()}
 
