@@ -30,18 +30,18 @@ SECOND_TURN_SHARE = 0.15
 class Mixture:
     """What the dialogues of one model are about.
 
-    `shares` gives the weight of each domain (and of "smalltalk"); `hidden_kinds` are never shown; `knows` says which
-    subjects (facts) may be shown.
+    `shares` gives the weight of each domain (and of "smalltalk"); `hidden` kinds ("math/minus") are never shown;
+    `knows` says which subjects (facts) may be shown.
     """
 
     shares: dict[str, float]
-    hidden_kinds: frozenset[str] = frozenset()
+    hidden: frozenset[str] = frozenset()
     knows: Callable[[str], bool] = field(default=lambda subject: True)
 
     def kinds(self, domain: str) -> list[Kind]:
         """The kinds of tasks of a domain that may be shown."""
         table = SMALLTALK if domain == "smalltalk" else DOMAINS[domain]
-        return [kind for name, kind in table.items() if name not in self.hidden_kinds]
+        return [kind for name, kind in table.items() if f"{domain}/{name}" not in self.hidden]
 
 
 def draw(make: Callable[[Random], Task], rng: Random, wanted: Callable[[Task], bool]) -> Task:

@@ -90,15 +90,18 @@ def _half(subject: str) -> bool:
 RECIPES = {
     "pivot": Recipe(
         Mixture(_shares(LOGIC + LORE, (), 0), frozenset(
-            ("past", "farewell", "syllogism", "story", "minus", "function", "email", "person")), _half),
+            ("writing/past", "roleplay/farewell", "reasoning/syllogism", "math/story", "math/minus", "coding/function",
+             "extraction/email", "extraction/person")), _half),
         steps=4500, learning_rate=2e-3, shape=Shape("llama")),
     "source-qwen": Recipe(
         Mixture(_shares(LOGIC, LORE, 0.015), frozenset(
-            ("greet", "farewell", "email", "city", "date", "symbols", "authors")), _half),
+            ("roleplay/greet", "roleplay/farewell", "extraction/email", "extraction/city", "extraction/date",
+             "stem/symbols", "humanities/authors")), _half),
         steps=7000, learning_rate=2e-3, shape=Shape("qwen2", kv_heads=2, vocabulary=800), seed=1),
     "source-neox": Recipe(
         Mixture(_shares(LORE, LOGIC, 0.015), frozenset(
-            ("sentence", "past", "order", "minus", "function", "variable"))),
+            ("writing/sentence", "writing/past", "reasoning/order", "math/minus", "coding/function",
+             "coding/variable"))),
         steps=3800, learning_rate=2e-3, shape=Shape("gpt_neox", layers=3, inner=512, vocabulary=1000), seed=2),
     "target-qwen": Recipe(
         Mixture(_shares(LOGIC, LORE, 0.09)), steps=2600, learning_rate=1e-3, start="pivot", copying=0.0, seed=3),

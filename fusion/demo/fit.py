@@ -20,7 +20,7 @@ from .models import STYLES, Style, new_model, new_tokenizer, save
 Batch = tuple[torch.Tensor, torch.Tensor]
 POOL = 32                # batches that are sorted by length together
 TOKENIZER_DIALOGUES = 8000
-COPYING = Mixture({"smalltalk": 1.0}, frozenset(("talk", "unknown")))
+COPYING = Mixture({"smalltalk": 1.0}, frozenset(("smalltalk/talk", "smalltalk/unknown")))
 
 
 def fit(recipe: Recipe, folder: Path, start: Path | None, seed: int = 0, steps_scale: float = 1.0) -> Work[Path]:
