@@ -101,7 +101,7 @@ RECIPES = {
     "source-neox": Recipe(
         Mixture(_shares(LORE, LOGIC, 0.015), frozenset(
             ("writing/sentence", "writing/past", "reasoning/order", "math/minus", "coding/function",
-             "coding/variable"))),
+             "coding/variable", "extraction/order"))),
         steps=3800, learning_rate=2e-3, shape=Shape("gpt_neox", layers=3, inner=512, vocabulary=1000), seed=2),
     "target-qwen": Recipe(
         Mixture(_shares(LOGIC, LORE, 0.09)), steps=2600, learning_rate=1e-3, start="pivot", copying=0.0, seed=3),
