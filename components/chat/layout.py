@@ -20,12 +20,14 @@ LATEX = [{"left": left, "right": right, "display": display}
 EMPTY = """<div class="fc-empty"><strong>Nothing said yet</strong>
 <span>Write a message below or pick an example: every column answers the same prompt with the same seed.</span></div>"""
 # A live region must stand on the page before its text changes, or screen readers stay silent. The chat windows are live
-# regions too and would read out every token of every column at once; and Gradio leaves send and stop without a name.
+# regions too and would read out every token of every column at once; Gradio calls four empty windows landmarks of one
+# name, and leaves send and stop without any.
 LIVE = "<div class='fc-live' role='status' aria-live='polite'></div>"
 LIVE_JS = """const region = element.querySelector('.fc-live');
 const set = (what, name, value) => document.querySelectorAll(what).forEach(e => e.setAttribute(name, value));
 const tidy = () => {
   set('#chat-columns [role=log]', 'aria-live', 'off');
+  set('#chat-columns [role=complementary]', 'role', 'note');
   set('#chat-prompt .submit-button', 'aria-label', 'Send to all models');
   set('#chat-prompt .stop-button', 'aria-label', 'Stop all models');
   if (element.isConnected && !document.querySelector('#chat-prompt button[aria-label]')) setTimeout(tidy, 200);
