@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from components.page import build
 from components.studio import Studio
-from components.theme import HEAD, css, theme
+from components.theme import ASSETS, HEAD, css, theme
 
 ON_SPACES = bool(os.getenv("SPACE_ID"))
 
@@ -37,7 +37,8 @@ def main() -> None:
     page = build(Studio(chosen.models, chosen.outputs, public=public, budget_bytes=budget))
     page.queue(max_size=64, default_concurrency_limit=8)
     page.launch(server_name=chosen.host, server_port=chosen.port, theme=theme(), css=css(), head=HEAD, footer_links=["api"],
-                run_history=False, enable_monitoring=False, max_file_size="1mb", ssr_mode=False, show_error=False)
+                run_history=False, enable_monitoring=False, max_file_size="1mb", ssr_mode=False, show_error=False,
+                favicon_path=ASSETS / "logo.svg")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ import gradio as gr
 from components import chat, merging, models, variation
 from components.state import Settings
 from components.studio import Studio
+from components.theme import ASSETS
 
-HEADER = """<header class="fs-header"><svg viewBox="0 0 32 32" aria-hidden="true" width="36" height="36">
-<rect width="32" height="32" rx="8" fill="#4f46e5"/><path d="M8 9h4c5 0 3 14 8 14h4M8 23h4c5 0 3-14 8-14h4" fill="none"
- stroke="#fff" stroke-width="2.6" stroke-linecap="round"/><circle cx="16" cy="16" r="3.4" fill="#fbbf24"/></svg>
+HEADER = f"""<header class="fs-header">{(ASSETS / "logo.svg").read_text(encoding="utf-8")}
 <div><h1>FuseChat Studio</h1>
-<p>See how far chat models moved, merge them by it, and chat with the result beside its sources.</p></div>
-</header>"""
+<p>See how far chat models moved, merge them by it, and chat with the result beside its sources.</p></div></header>"""
 
 
 def build(studio: Studio) -> gr.Blocks:

@@ -248,7 +248,7 @@ class Studio:
     @contextmanager
     def chat_model(self, key: str, selection: Selection) -> Iterator[chat.ChatModel]:
         """Lend the model of a key; a merge that was pushed out of memory is made again from its recipe."""
-        if key in {merge.key for merge in selection.merges} and key in self._recipes:
+        if any(merge.key == key for merge in selection.merges) and key in self._recipes:
             loader, nbytes = partial(self._again, key), 0
         else:
             entry = self.entry(key)

@@ -1,0 +1,55 @@
+"""Make the README's pictures from the real page: `python -m tests.screenshots`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import Page, expect
+
+from components.page import build
+from components.studio import Studio
+from components.theme import ASSETS, HEAD, css, theme
+from tests.browser import chromium, open_tab
+
+FOLDER = ASSETS / "screenshots"
+WAIT_MS = 60_000
+
+
+def main() -> None:
+    """Start the page on the demo family, do the main job once, and picture it."""
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as outputs, chromium() as browser:
+        page = build(Studio(outputs=Path(outputs) / "outputs"))
+        page.queue(default_concurrency_limit=8)
+        _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, theme=theme(), css=css(), head=HEAD, footer_links=["api"],
+                                run_history=False, ssr_mode=False)
+        for look in ("light", "dark"):
+            view = browser.new_page(viewport={"width": 1280, "height": 860}, device_scale_factor=1.5)
+            view.goto(f"{url}?__theme={look}")
+            picture_main_job(view, look)
+        page.close()
+
+
+def picture_main_job(view: Page, look: str) -> None:
+    """Models, heatmap, and the first example prompts answered by the merge and its sources."""
+    expect(view.locator("#glance")).to_contain_text("Who moved", timeout=WAIT_MS)
+    view.screenshot(path=FOLDER / f"models-{look}.png")
+    open_tab(view, "Variation")
+    expect(view.locator("#ratio-by-depth .plot-container")).to_be_visible(timeout=WAIT_MS)
+    view.screenshot(path=FOLDER / f"variation-{look}.png")
+    open_tab(view, "Merge")
+    view.locator("#merge-try").click()
+    expect(view.get_by_role("tab", name="Chat")).to_have_attribute("aria-selected", "true", timeout=WAIT_MS)
+    for domain in ("math", "humanities"):
+        view.locator("#chat-domain").get_by_text(domain, exact=False).click()
+        view.locator("#chat-examples button").first.click()
+        expect(view.locator("#chat-stop")).to_be_enabled(timeout=WAIT_MS)
+        expect(view.locator("#chat-retry")).to_be_enabled(timeout=WAIT_MS)
+    view.mouse.move(5, 5)
+    view.wait_for_timeout(500)
+    view.screenshot(path=FOLDER / f"chat-{look}.png")
+
+
+if __name__ == "__main__":
+    main()
