@@ -171,4 +171,4 @@ def at_a_glance(grid: Grid | None) -> str:
 
 
 def _percent(part: float, j: int) -> str:
-    return f"{LETTERS[j]} {part:.0%}" if part >= 0.1 else ""
+    return f"{LETTERS[j]} {part:.0%}" if part >= 0.16 else ""

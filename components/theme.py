@@ -46,4 +46,5 @@ def theme() -> gr.themes.Base:
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_400",
         input_background_fill="white", input_background_fill_dark="*neutral_950",
         input_border_color="*neutral_300", input_border_color_dark="*neutral_700", layout_gap="14px",
+        checkbox_border_color="*neutral_400", checkbox_border_color_dark="*neutral_500",
     )
