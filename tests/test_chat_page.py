@@ -243,10 +243,16 @@ def page(browser, url):
 
 
 def tokens(page, count: int) -> None:
-    if not page.locator("#chat-max-tokens").is_visible():
+    from playwright.sync_api import expect
+
+    box = page.locator("#chat-max-tokens input[type=number]")
+    if not box.is_visible():
         page.locator("#chat-settings > button").click()
-    page.locator("#chat-max-tokens input[type=number]").fill(str(count))
-    page.locator("#chat-max-tokens input[type=number]").blur()
+        expect(box).to_have_value("256")
+        page.wait_for_timeout(300)  # the slider sets its value once more when it appears, faster than any person types
+    box.fill(str(count))
+    box.blur()
+    expect(box).to_have_value(str(count))
 
 
 def send(page, text: str, wait: bool = True) -> None:
