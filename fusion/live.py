@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusion import dtypes
-from fusion.errors import CheckpointError
 from fusion.methods import METHODS
 from fusion.plan import MergePlan
 from fusion.progress import Meter, Work
@@ -102,35 +101,11 @@ def _tensor(plan: MergePlan, name: str, t: int | None, ratios: np.ndarray) -> np
 
 
 def chat_model(result: LiveResult, name: str) -> ChatModel:
-    """Make a merge in memory ready to chat with; the weights take the way that loading its saved folder would take.
-
-    On a CPU the weights become float32; on a GPU they keep their dtype. CheckpointError when transformers refuses it.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
+    """Make a merge in memory ready to chat with; see `chat.from_tensors` for dtypes and errors."""
     from fusion import chat
-    from fusion.chat.model import _LOADING  # from_pretrained switches process-wide settings while it works
 
-    plan, on_gpu = result.plan, torch.cuda.is_available()
-    dtype = getattr(torch, plan.dtype) if on_gpu else torch.float32
-    options = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(plan.pivot.folder, **options)
-        with _LOADING:
-            with torch.device("meta"):  # only to learn the class, without weights
-                kind = type(AutoModelForCausalLM.from_config(config))
-            model, info = kind.from_pretrained(None, config=config, state_dict=state_dict(result), dtype=dtype,
-                                               output_loading_info=True)
-        if info["missing_keys"]:  # transformers would fill them with random numbers and say so only in the log
-            raise CheckpointError(f"{min(info['missing_keys'])} is missing")
-        if (plan.donor.folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(plan.donor.folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(plan.donor.folder, **options)
-    except Exception as error:  # the border to transformers, which raises a dozen kinds
-        reason = str(error).replace(str(plan.pivot.folder), plan.pivot.name).split("\n")[0]
-        raise CheckpointError(f"the merge cannot be loaded ({reason})", where=name) from error
-    return chat.from_parts(model.to("cuda") if on_gpu else model, tokenizer, name)
+    plan = result.plan
+    return chat.from_tensors(state_dict(result), plan.dtype, plan.pivot.folder, plan.donor.folder, name)
 
 
 def state_dict(result: LiveResult) -> dict:

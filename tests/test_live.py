@@ -190,7 +190,7 @@ def test_a_tensor_the_architecture_lacks_is_no_random_number(live):
             return outputs
 
     lacking = LiveResult(Lacking(**vars(result.plan)), result.tensors, result.weights, 0)
-    with pytest.raises(CheckpointError, match=f"cannot be loaded .*{Q0} is missing"):
+    with pytest.raises(CheckpointError, match=f"missing or have the wrong shape, first {Q0}"):
         chat_model(lacking, "try")
 
 
@@ -209,7 +209,7 @@ def test_models_are_loaded_one_after_another(live):
 def test_a_model_transformers_does_not_know_is_an_error_for_people(tmp_path):
     folders = [save_checkpoint(tmp_path / name, {Q0: np.ones(4, np.float32) * i}, config={"model_type": "made-up"})
                for i, name in enumerate(("pivot", "a"))]
-    with pytest.raises(CheckpointError, match="try: the merge cannot be loaded") as caught:
+    with pytest.raises(CheckpointError, match="try: .*cannot be loaded") as caught:
         chat_model(finish(LiveMerge().update(recipe_of(folders))), "try")
     assert str(tmp_path) not in str(caught.value)
 

@@ -9,11 +9,11 @@ Importing this package is cheap: torch and transformers are imported when the fi
 """
 
 from .export import Exchange, Transcript, conversation_jsonl
-from .model import ChatModel, expected_bytes, from_parts, load
+from .model import ChatModel, expected_bytes, from_parts, from_tensors, load
 from .pool import ModelPool
 from .prompt import Prompt, fit, render
 from .sampling import Sampling
 from .streaming import Reply, Request, stream
 
 __all__ = ["ChatModel", "Exchange", "ModelPool", "Prompt", "Reply", "Request", "Sampling", "Transcript",
-           "conversation_jsonl", "expected_bytes", "fit", "from_parts", "load", "render", "stream"]
+           "conversation_jsonl", "expected_bytes", "fit", "from_parts", "from_tensors", "load", "render", "stream"]

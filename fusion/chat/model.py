@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,49 @@ def _load(folder: Path, name: str) -> ChatModel:
     options = {"local_files_only": True, "trust_remote_code": False}
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, use_safetensors=True, dtype="auto" if on_gpu else torch.float32, output_loading_info=True, **options)
+    _refuse_gaps(info, name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    return from_parts(model.to("cuda") if on_gpu else model, tokenizer, name)
+
+
+def from_tensors(tensors: Mapping[str, Any], dtype: str, shape_of: Path, donor: Path, name: str) -> ChatModel:
+    """Make a ChatModel of torch tensors by name; they take the way that loading them from a folder would take.
+
+    `shape_of` is the folder with the model's config, `donor` the one with tokenizer and generation config. On a CPU the
+    weights become float32; on a GPU they get `dtype`. Raises CheckpointError, ResourceError.
+    """
+    try:
+        with _LOADING:
+            return _from_tensors(tensors, dtype, shape_of, donor, name)
+    except FusionError:
+        raise
+    except Exception as error:
+        raise _explain(error, shape_of, name) from error
+
+
+def _from_tensors(tensors: Mapping[str, Any], dtype: str, shape_of: Path, donor: Path, name: str) -> ChatModel:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    on_gpu = torch.cuda.is_available()
+    options = {"local_files_only": True, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(shape_of, **options)
+    with torch.device("meta"):  # only to learn the class, without weights
+        kind = type(AutoModelForCausalLM.from_config(config))
+    model, info = kind.from_pretrained(None, config=config, state_dict=dict(tensors), output_loading_info=True,
+                                       dtype=getattr(torch, dtype) if on_gpu else torch.float32)
+    _refuse_gaps(info, name)
+    if (donor / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(donor, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(donor, **options)
+    return from_parts(model.to("cuda") if on_gpu else model, tokenizer, name)
+
+
+def _refuse_gaps(info: dict, name: str) -> None:
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:  # transformers would fill them with random numbers and say so only in the log
         raise CheckpointError(f"{len(lacking)} matrices are missing or have the wrong shape, first {lacking[0]}",
                               where=name, todo="Download or merge the checkpoint again.")
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    return from_parts(model.to("cuda") if on_gpu else model, tokenizer, name)
 
 
 def from_parts(model: Any, tokenizer: Any, name: str) -> ChatModel:
