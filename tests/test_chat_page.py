@@ -261,7 +261,8 @@ def send(page, text: str, wait: bool = True) -> None:
     page.locator("#chat-prompt textarea").fill(text)
     page.locator("#chat-prompt textarea").press("Enter")
     if wait:
-        expect(page.locator("#chat-stop")).to_be_enabled(timeout=15_000)
+        # A short answer is over before one could see that Stop was enabled; the emptied box tells that it was sent.
+        expect(page.locator("#chat-prompt textarea")).to_have_value("", timeout=15_000)
         expect(page.locator("#chat-clear")).to_be_enabled(timeout=30_000)
 
 
