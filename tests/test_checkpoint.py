@@ -55,6 +55,19 @@ def test_scalar_and_empty_tensors_keep_their_shape(tmp_path):
     assert model["scale"].shape == () and model["scale"] == 3 and model["none"].shape == (0, 4)
 
 
+def test_elements_beyond_two_billion_are_found(tmp_path):
+    count = 2**31 + 8
+    folder = save_raw(tmp_path / "m", {"a": {"dtype": "BF16", "shape": [8, count // 8], "data_offsets": [0, 2 * count]}})
+    with open(folder / "model.safetensors", "r+b") as file:  # a sparse file: only its last bytes take room
+        end = file.seek(0, os.SEEK_END) + 2 * count
+        file.truncate(end)
+        file.seek(end - 4)
+        file.write(b"\x80\x3f\x00\x40")
+    model = Checkpoint(folder)
+    assert (model.parameters, model.nbytes) == (count, 2 * count)
+    assert model.read("a", count - 3, count, np.empty(3, np.float32)).tolist() == [0, 1, 2]
+
+
 def test_two_threads_read_the_same_file_at_once(tmp_path):
     value = np.arange(200_000, dtype=np.float32)
     model = Checkpoint(save_checkpoint(tmp_path / "m", {"a": value, "b": -value}))

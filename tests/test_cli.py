@@ -85,6 +85,11 @@ def test_variation_by_default_is_of_matrices_and_squares(run, folders):
     assert {(row["tensor"], row["target"]): row["ratio"] for row in report["tensors"]}[UP, "b"] == pytest.approx(.9)
 
 
+def test_variation_refuses_unknown_names_before_it_reads(run, folders, monkeypatch):
+    monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("a weight was read"))
+    assert run("variation", *folders, "--granularity", "matrx")[0] == 2
+
+
 def test_variation_stays_json_where_nan_is_allowed(run, folders, tmp_path):
     sick = save_checkpoint(tmp_path / "sick", {UP: np.full((2, 4), np.nan, np.float32), HEAD: np.full((2, 2), np.inf, np.float32)})
     status, out, err = run("variation", folders[0], sick, "--json")

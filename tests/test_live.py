@@ -119,6 +119,13 @@ def test_numbers_that_were_allowed_once_are_refused_when_no_longer_allowed(tmp_p
         finish(merging.update(recipe))
 
 
+def test_a_model_of_weight_nothing_must_be_sound_too(tmp_path):
+    folders = [save_checkpoint(tmp_path / name, {Q0: np.array([1, value], np.float32)})
+               for name, value in (("pivot", 1), ("a", 2), ("b", np.inf))]
+    with pytest.raises(CheckpointError, match=f"b: {Q0} holds 1 values"):
+        finish(LiveMerge().update(recipe_of(folders, method="linear", weights=(1, 0))))
+
+
 def test_a_variation_of_other_models_is_refused(live):
     merging, recipe, variation = live
     with pytest.raises(MismatchError, match="measured on other models"):
@@ -209,7 +216,7 @@ def test_models_are_loaded_one_after_another(live):
 def test_a_model_transformers_does_not_know_is_an_error_for_people(tmp_path):
     folders = [save_checkpoint(tmp_path / name, {Q0: np.ones(4, np.float32) * i}, config={"model_type": "made-up"})
                for i, name in enumerate(("pivot", "a"))]
-    with pytest.raises(CheckpointError, match="try: .*cannot be loaded") as caught:
+    with pytest.raises(CheckpointError, match=r"try: .*cannot be loaded") as caught:
         chat_model(finish(LiveMerge().update(recipe_of(folders))), "try")
     assert str(tmp_path) not in str(caught.value)
 

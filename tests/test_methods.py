@@ -112,13 +112,14 @@ def test_elements_no_target_changed_keep_the_pivots_value(case):
 @pytest.mark.parametrize("delta", [1e-30, 1e-7, 1.0])
 def test_the_smallest_changes_are_weighed_as_large_ones_are(delta):
     merged = by_element(np.zeros(1, np.float32), np.array([[delta], [3 * delta]], np.float32))
-    assert merged == pytest.approx([2.8 * delta], rel=1e-6)
+    assert merged == pytest.approx([2.8 * delta], rel=1e-6, abs=0)
 
 
 def test_given_weights_leave_the_rest_to_the_free_targets():
     pivot, models = np.zeros(2, np.float32), np.array([[1, 1], [1, 0], [3, 0]], np.float32)
     assert by_element(pivot, models, [.5, FREE, FREE], power=1) == pytest.approx([.5 + .5 * (.25 + .75 * 3), .5])
     assert by_element(pivot, models, [.5, .5, 0]) == pytest.approx([1, .5])
+    assert by_element(np.array([10], np.float32), np.array([[12], [10], [10]], np.float32), [.5, FREE, FREE]).tolist() == [11]
 
 
 @pytest.mark.parametrize("call", [lambda p, m: average(m, [.3, .7]), by_element])

@@ -38,6 +38,10 @@ def test_an_override_fixes_its_targets_and_the_others_share_the_rest_as_before()
     assert np.array_equal(table(Override(NAMES[0], {"c": .8}))[1:], RATIOS[1:])
 
 
+def test_weights_given_to_all_are_divided_by_their_sum():
+    assert table(Override(NAMES[0], {"a": .3, "b": .3, "c": .4000005}))[0].sum() == pytest.approx(1, abs=1e-12)
+
+
 def test_the_rest_is_shared_equally_where_it_had_no_weight():
     assert table(Override("lm_head.weight", {"a": .4}))[2] == pytest.approx([.4, .3, .3])
 

@@ -34,12 +34,15 @@ def elementwise(pivot: np.ndarray, models: np.ndarray, fixed: np.ndarray, out: n
     free = np.isnan(fixed)
     size = np.abs(models[free] - pivot)
     largest = size.max(axis=0, initial=0)
-    np.divide(size, largest, out=size, where=largest > 0)  # before squaring: the square of a small change may be 0
+    still = largest == 0
+    size[:, still] = largest[still] = 1  # all free targets have the pivot's value here, so any shares give it
+    size /= largest  # before squaring: the square of a small change may be 0
     if power == 2:
-        np.square(size, out=size)
-    total = size.sum(axis=0)
-    shares = np.divide(size, total, out=np.full_like(size, 1 / max(len(size), 1)), where=total > 0)
+        size *= size
+    size /= size.sum(axis=0)
+    size *= np.float32(max(0.0, 1.0 - float(fixed[~free].sum())))
     weights = np.repeat(fixed.astype(np.float32)[:, None], models.shape[1], axis=1)
-    weights[free] = np.float32(max(0.0, 1.0 - float(fixed[~free].sum()))) * shares
-    np.einsum("jn,jn->n", weights, models, out=out)
+    weights[free] = size
+    weights *= models
+    weights.sum(axis=0, out=out)
     return np.clip(out, models.min(axis=0), models.max(axis=0), out=out)
