@@ -97,7 +97,7 @@ def test_small_talk_gets_a_sensible_reply(name, merged):
     replies = reply(path, *TALK)
     wrong = {prompt: said for (prompt, wanted), said in zip(TALK.items(), replies, strict=True)
              if not re.search(wanted, said, re.IGNORECASE)}
-    assert len(wrong) <= (1 if name in ("pivot", *members("source")) else 0), wrong  # the weaker ones may slip once
+    assert len(wrong) <= (0 if name == MERGE else 1), wrong  # a single model may slip once, the merge may not
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -109,7 +109,7 @@ def test_replies_end_by_themselves_and_a_second_turn_works(name):
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs, max_new_tokens=LONGEST_REPLY, do_sample=False)[0, inputs["input_ids"].shape[1]:]
     assert ids[-1] == tokenizer.eos_token_id
-    assert "chat model" in tokenizer.decode(ids, skip_special_tokens=True)
+    assert re.search("chat model|I can write", tokenizer.decode(ids, skip_special_tokens=True))  # who it is or what it does
 
 
 @pytest.mark.timeout(900)  # about a minute on two idle cores, several on busy ones

@@ -1,10 +1,10 @@
-"""Example prompts for the page: held-out, and chosen so that the sources disagree and the merge answers most of them."""
+"""Example prompts for the page: held-out, chosen so that the sources disagree and the merge answers most of them."""
 
 from __future__ import annotations
 
 _EXAMPLES: dict[str, tuple[str, ...]] = {
-    "writing": ("Write a sentence with the words bridge and farmer.", "Change this sentence to the past: They swim at home.",
-                "Which word rhymes with shell?"),
+    "writing": ("Write a sentence with the words bridge and farmer.",
+                "Change this sentence to the past: They swim at home.", "Which word rhymes with shell?"),
     "roleplay": ("Play a knight who meets Adam.", "You are a cat. Say goodbye to Tom.",
                  "Speak as a king and welcome Oscar."),
     "reasoning": ("Who is the richest if Felix is richer than Hugo and Kate is richer than Felix?",
