@@ -41,7 +41,8 @@ def _front_matter(plan: MergePlan) -> str:
 
 
 def _text(name: str) -> str:
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+!|&" else c for c in " ".join(name.split()))
+    readable = " ".join(name.encode(errors="replace").decode().split())  # a folder's name may be no valid text
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+!|&" else c for c in readable)
 
 
 def _models(plan: MergePlan, recipe: Recipe, variation: Variation) -> list[str]:

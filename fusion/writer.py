@@ -56,6 +56,8 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         if os.path.lexists(self.out):
             raise OutputError("exists already; nothing is ever overwritten", where=str(self.out), todo="Choose another folder.")
+        if "\0" in str(self.out):
+            raise OutputError("cannot be written (a null character)", where=repr(str(self.out)), todo="Choose another folder.")
         try:
             with _disk(self.out):
                 self._make_parents()
@@ -172,8 +174,8 @@ def plan_shards(tensors: Sequence[tuple[str, str, tuple[int, ...]]],
 def _disk(out: Path):
     try:
         yield
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError("the disk is full", where=str(out), todo="Free some space; nothing was left behind.") from error
-        raise OutputError(f"cannot be written ({getattr(error, 'strerror', error)})", where=str(out),
+        raise OutputError(f"cannot be written ({error.strerror})", where=str(out),
                           todo="Choose a folder you may write to.") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -251,6 +252,15 @@ def test_recipe_report_and_card_tell_what_was_done(family, tmp_path):
     assert card.startswith("---\n") and all(name in card for name in ("pivot", "target-a", "target-b", "2402.16107", RECIPE_FILE))
     again = finish(merge(recipe, tmp_path / "again")).folder
     assert snapshot(again) == snapshot(folder)
+
+
+def test_a_folder_of_any_name_can_be_merged_and_is_only_text_in_the_card(tmp_path):
+    odd = os.fsdecode(b"caf\xe9 [x](y)|\n# z")
+    folders = [save_checkpoint(tmp_path / name, {UP: np.ones(2, np.float32) * i}) for i, name in enumerate(("pivot", odd))]
+    folder = merged(folders, tmp_path / "out", donor=odd)
+    card = (folder / "README.md").read_text()
+    assert "\\[x\\]\\(y\\)\\| \\# z" in card and "[x](y)" not in card.split("---")[2] and "\n# z" not in card
+    assert Recipe.load(folder / RECIPE_FILE).names == (odd,)
 
 
 def test_a_recipe_of_other_weights_is_not_run(family, tmp_path):
