@@ -144,7 +144,11 @@ class Recipe:
         """The recipe as a YAML document."""
         import yaml
 
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        def dump(readable: bool) -> str:
+            return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=readable, width=120)
+
+        text = dump(readable=True)
+        return dump(readable=False) if {"\x85", "\u2028", "\u2029"} & set(text) else text  # PyYAML folds these like line ends
 
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:

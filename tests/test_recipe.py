@@ -38,6 +38,8 @@ NAMES = st.text(LETTERS, min_size=1, max_size=8).filter(lambda name: name not in
 @given(paths=st.lists(NAMES, min_size=2, max_size=4, unique=True), names=st.lists(NAMES, min_size=3, max_size=3, unique=True),
        granularity=st.sampled_from(GRANULARITIES), measure=st.sampled_from(MEASURES), pattern=st.text(max_size=5),
        weight=st.floats(0, 1), dtype=st.sampled_from(["", "bfloat16", "float32"]), nonfinite=st.booleans())
+@example(["\x85", "\u2028", "a\u2029b"], ["\x85 ", "1", "2"], "matrix", "square", "\u2028", 0.5, "", False)
+@example(["ü", "模型", "é 1"], ["ß", "1", "2"], "matrix", "square", "*ü", 1.0, "", False)
 def test_yaml_gives_back_the_same_recipe(paths, names, granularity, measure, pattern, weight, dtype, nonfinite):
     names = tuple(names[:len(paths) - 1])
     recipe = Recipe(paths[0], tuple(paths[1:]), names, granularity=granularity, measure=measure, dtype=dtype, donor=names[0],
