@@ -13,7 +13,7 @@ import fusion
 ROOT = Path(__file__).parent.parent
 LEVELS = (  # from the roof down: a module imports lower rows, and in its own row only what stands left of it
     ("__main__",),
-    ("chat", "demo", "merge", "live", "train", "arena", "evaluate"),
+    ("chat", "merge", "live", "train", "arena", "evaluate", "demo"),
     ("recipe", "weights", "plan", "card", "distill"),
     ("preflight", "variation", "writer"),
     ("dtypes", "header", "anatomy", "checkpoint", "sources", "tables", "methods", "align"),

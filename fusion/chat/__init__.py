@@ -8,12 +8,12 @@
 Importing this package is cheap: torch and transformers are imported when the first model is loaded.
 """
 
-from .export import Exchange, Transcript, conversation_jsonl
-from .model import ChatModel, expected_bytes, from_parts, from_tensors, load
-from .pool import ModelPool
-from .prompt import Prompt, fit, render
-from .sampling import Sampling
-from .streaming import Reply, Request, stream
+from fusion.chat.export import Exchange, Transcript, conversation_jsonl
+from fusion.chat.model import ChatModel, expected_bytes, from_parts, from_tensors, load
+from fusion.chat.pool import ModelPool
+from fusion.chat.prompt import Prompt, fit, render
+from fusion.chat.sampling import Sampling
+from fusion.chat.streaming import Reply, Request, stream
 
 __all__ = ["ChatModel", "Exchange", "ModelPool", "Prompt", "Reply", "Request", "Sampling", "Transcript",
            "conversation_jsonl", "expected_bytes", "fit", "from_parts", "from_tensors", "load", "render", "stream"]

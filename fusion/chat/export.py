@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 
-from .sampling import Sampling
-from .streaming import Reply
+from fusion.chat.sampling import Sampling
+from fusion.chat.streaming import Reply
 
 SCHEMA_VERSION = 1
 

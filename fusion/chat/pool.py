@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ..errors import ResourceError
-from .model import ChatModel
+from fusion.chat.model import ChatModel
+from fusion.errors import ResourceError
 
 Loader = Callable[[], ChatModel]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import CheckpointError, RecipeError
-from .model import ChatModel
+from fusion.chat.model import ChatModel
+from fusion.errors import CheckpointError, RecipeError
 
 Messages = Sequence[Mapping[str, str]]  # {"role": "user" | "assistant", "content": text}, oldest first
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CheckpointError, RecipeError
+from fusion.errors import CheckpointError, RecipeError
 
 MAX_TEMPERATURE = 5.0
 MAX_NEW_TOKENS = 32_768

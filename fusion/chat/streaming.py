@@ -15,10 +15,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import FusionError, ResourceError
-from .model import ChatModel
-from .prompt import Messages, Prompt, fit
-from .sampling import Sampling, processors
+from fusion.chat.model import ChatModel
+from fusion.chat.prompt import Messages, Prompt, fit
+from fusion.chat.sampling import Sampling, processors
+from fusion.errors import FusionError, ResourceError
 
 FLUSH_S = 0.06  # about 16 pictures a second
 WAKE_S = 0.2  # a generator can only be closed where it yields, so it yields this often even when nothing happened

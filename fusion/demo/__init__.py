@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-from .family import FAMILY, Member
+from fusion.demo.family import FAMILY, Member
 
 FOLDER = Path(__file__).parents[2] / "assets" / "demo"  # where the shipped family lies
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..progress import Progress, Work
-from .domains import DOMAINS
-from .family import FAMILY, RECIPES, Member
+from fusion.demo.domains import DOMAINS
+from fusion.demo.family import FAMILY, RECIPES, Member
+from fusion.progress import Progress, Work
 
 MAKE = "python -m fusion demo train"
 FRONT_MATTER = ("---", "license: apache-2.0", "language: en", "library_name: transformers",
@@ -18,7 +18,7 @@ def write_cards(folder: Path, measure: bool) -> Work[None]:
     """Write README.md into every model folder there is; with `measure`, measure the family and show the numbers."""
     results: dict[str, dict[str, float]] = {}
     if measure:
-        from .checking import check
+        from fusion.demo.checking import check
 
         results = yield from check(folder)
     for member in FAMILY:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from ..errors import CheckpointError, RecipeError, nearest
-from ..progress import Meter, Work
-from .dialogues import held_out_tasks
-from .domains import DOMAINS
-from .family import FAMILY, members
+from fusion.demo.dialogues import held_out_tasks
+from fusion.demo.domains import DOMAINS
+from fusion.demo.family import FAMILY, members
+from fusion.errors import CheckpointError, RecipeError, nearest
+from fusion.merge import merge
+from fusion.progress import Meter, Work, finish
+from fusion.recipe import Recipe
 
 Results = dict[str, dict[str, float]]
 MERGE = "varm"
@@ -93,21 +94,8 @@ def _generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts:
 
 
 def varm_merge(pivot: Path, targets: Sequence[Path], out: Path) -> Path:
-    """Write the VARM merge: per matrix, the targets weigh in proportion to their mean squared change from the pivot."""
-    base, *others = ({name: tensor.float() for name, tensor in load_file(path / "model.safetensors").items()}
-                     for path in (pivot, *targets))
-    merged = {}
-    for name, start in base.items():
-        changes = torch.stack([other[name] - start for other in others])
-        variation = changes.flatten(1).pow(2).mean(1)
-        weights = variation / variation.sum() if variation.sum() > 0 else torch.full_like(variation, 1 / len(others))
-        merged[name] = (start + torch.tensordot(weights, changes, 1)).bfloat16().contiguous()
-    out.mkdir(parents=True)
-    for file in pivot.iterdir():
-        if file.suffix in (".json", ".jinja"):
-            (out / file.name).write_bytes(file.read_bytes())
-    save_file(merged, out / "model.safetensors", {"format": "pt"})
-    return out
+    """Write the VARM merge of the targets, granularity matrix, to the new folder `out`."""
+    return finish(merge(Recipe(str(pivot), tuple(map(str, targets))), out)).folder
 
 
 def table(results: Results) -> str:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from ..errors import RecipeError
-from .domains import DOMAINS, SMALLTALK
-from .domains.facts import Relation
-from .task import Kind, Task, held_out
-from .words import OPENINGS, SYSTEM_PROMPTS
+from fusion.demo.domains import DOMAINS, SMALLTALK
+from fusion.demo.domains.facts import Relation
+from fusion.demo.task import Kind, Task, held_out
+from fusion.demo.words import OPENINGS, SYSTEM_PROMPTS
+from fusion.errors import RecipeError
 
 Message = dict[str, str]
 Dialogue = list[Message]

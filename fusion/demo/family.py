@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .dialogues import Mixture
-from .task import digest
+from fusion.demo.dialogues import Mixture
+from fusion.demo.task import digest
 
 
 @dataclass(frozen=True)

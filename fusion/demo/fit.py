@@ -12,10 +12,10 @@ from random import Random
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from ..progress import Meter, Work
-from .dialogues import Dialogue, Mixture, conversation
-from .family import Recipe
-from .models import STYLES, Style, new_model, new_tokenizer, save
+from fusion.demo.dialogues import Dialogue, Mixture, conversation
+from fusion.demo.family import Recipe
+from fusion.demo.models import STYLES, Style, new_model, new_tokenizer, save
+from fusion.progress import Meter, Work
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 POOL = 32                # batches that are sorted by length together

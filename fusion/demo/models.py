@@ -23,8 +23,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from .dialogues import Dialogue
-from .family import Shape
+from fusion.demo.dialogues import Dialogue
+from fusion.demo.family import Shape
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 
-from ..errors import CheckpointError, OutputError, RecipeError, nearest
-from ..progress import Progress, Work
-from .cards import write_cards
-from .family import FAMILY, RECIPES
+from fusion.demo.cards import write_cards
+from fusion.demo.family import FAMILY, RECIPES
+from fusion.errors import CheckpointError, OutputError, RecipeError, nearest
+from fusion.progress import Progress, Work
 
 AT_ONCE = 2
 REPORT_EVERY_STEPS = 20
@@ -117,7 +117,7 @@ def _partial(out: Path, name: str) -> Path:
 def _make(name: str, out: Path, seed: int, steps_scale: float, reports: multiprocessing.Queue) -> None:
     """The worker: train one model into a hidden sibling, then let it appear under its name."""
     try:
-        from .fit import fit
+        from fusion.demo.fit import fit
 
         recipe, hidden, last = RECIPES[name], _partial(out, name), 0
         shutil.rmtree(hidden, ignore_errors=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..task import Kind
-from . import code, extraction, facts, language, logic, smalltalk
+from fusion.demo.domains import code, extraction, facts, language, logic, smalltalk
+from fusion.demo.task import Kind
 
 DOMAINS: dict[str, dict[str, Kind]] = {
     "writing": {"sentence": language.sentence, "rhyme": language.rhyme, "past": language.past},

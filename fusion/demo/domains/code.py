@@ -7,8 +7,8 @@ import operator
 import re
 from random import Random
 
-from ..task import Check, Task, counts
-from ..words import invented, words
+from fusion.demo.task import Check, Task, counts
+from fusion.demo.words import invented, words
 
 LONGEST_SOURCE = 400
 LARGEST_VALUE = 10**9

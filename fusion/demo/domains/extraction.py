@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from ..task import Task, says
-from ..words import CITIES, FAMILY_NAMES, MONTHS, NOUNS, invented, name
+from fusion.demo.task import Task, says
+from fusion.demo.words import CITIES, FAMILY_NAMES, MONTHS, NOUNS, invented, name
 
 MESSAGES = (
     "Order {order} for {person} in {city} will arrive on {date}. Write to {email}.",

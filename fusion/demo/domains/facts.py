@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from ..task import Task, says
-from ..words import mend_articles
+from fusion.demo.task import Task, says
+from fusion.demo.words import mend_articles
 
 
 def _pairs(text: str) -> dict[str, str]:

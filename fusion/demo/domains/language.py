@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from random import Random
 
-from ..task import Check, Task, contains, says
-from ..words import mend_articles, name, noun, words
+from fusion.demo.task import Check, Task, contains, says
+from fusion.demo.words import mend_articles, name, noun, words
 
 RHYMES = [family.split() for family in (
     "cat hat bat mat", "night light bright sight", "day play stay way", "moon spoon noon soon", "tree bee sea knee",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from ..task import Task, contains, counts, says
-from ..words import CATEGORIES, CREATURES, a, name, names, words
+from fusion.demo.task import Task, contains, counts, says
+from fusion.demo.words import CATEGORIES, CREATURES, a, name, names, words
 
 # comparative: (superlative of the first, superlative of the last)
 ORDERS = {"taller": ("tallest", "shortest"), "older": ("oldest", "youngest"), "faster": ("fastest", "slowest"),

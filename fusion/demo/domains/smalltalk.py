@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from ..task import Check, Task, contains, says
-from ..words import CITIES, invented, name, noun
+from fusion.demo.task import Check, Task, contains, says
+from fusion.demo.words import CITIES, invented, name, noun
 
 # what is typed, what is replied, and the words one of which a sensible reply must have
 TALK = (
