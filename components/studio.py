@@ -217,7 +217,7 @@ class Studio:
         return known
 
     def _mark(self, selection: Selection) -> tuple[str, ...]:
-        return tuple(self.checkpoint(key).fingerprint for key in (selection.pivot, *selection.targets))
+        return tuple(self.checkpoint(key).stamp for key in (selection.pivot, *selection.targets))
 
     # ── merging and chatting ─────────────────────────────────────────────────────────────────────────────────────────
 

@@ -25,7 +25,7 @@ def main() -> None:
         _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, theme=theme(), css=css(), head=HEAD, footer_links=["api"],
                                 run_history=False, ssr_mode=False)
         for look in ("light", "dark"):
-            view = browser.new_page(viewport={"width": 1280, "height": 860}, device_scale_factor=1.5)
+            view = browser.new_page(viewport={"width": 1280, "height": 900}, device_scale_factor=1.5)
             view.goto(f"{url}?__theme={look}")
             picture_main_job(view, look)
         page.close()
@@ -46,6 +46,7 @@ def picture_main_job(view: Page, look: str) -> None:
         view.locator("#chat-examples button").first.click()
         expect(view.locator("#chat-stop")).to_be_enabled(timeout=WAIT_MS)
         expect(view.locator("#chat-retry")).to_be_enabled(timeout=WAIT_MS)
+    view.evaluate("window.scrollTo(0, 0)")
     view.mouse.move(5, 5)
     view.wait_for_timeout(500)
     view.screenshot(path=FOLDER / f"chat-{look}.png")
