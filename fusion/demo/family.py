@@ -7,7 +7,8 @@ the pivot on all domains, with weight on what its source is strong in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from fusion.demo.dialogues import Mixture
 from fusion.demo.task import digest
@@ -69,6 +70,8 @@ class Recipe:
     copying: float = 0.35  # share of copying dialogues at the start; it falls to nothing over the first half
     prompt_loss: float = 0.3
     seed: int = 0
+    pace: tuple[float, float] = (1.0, 1.0)  # factor of the learning rate in the first layer and in the last
+    kinds: Mapping[str, float] = field(default_factory=dict)  # further factors by kind of matrix, see fusion.anatomy
 
 
 LOGIC = ("writing", "reasoning", "math", "coding")
@@ -76,10 +79,11 @@ LORE = ("roleplay", "extraction", "stem", "humanities")
 SMALLTALK_SHARE = 0.12
 
 
-def _shares(strong: tuple[str, ...], weak: tuple[str, ...], weak_share: float) -> dict[str, float]:
+def _shares(strong: tuple[str, ...], weak: tuple[str, ...], weak_share: float,
+            smalltalk: float = SMALLTALK_SHARE) -> dict[str, float]:
     """Equal parts of the strong domains, and of the weak ones `weak_share` each."""
-    rest = (1 - SMALLTALK_SHARE - weak_share * len(weak)) / len(strong)
-    return {"smalltalk": SMALLTALK_SHARE, **dict.fromkeys(strong, rest), **dict.fromkeys(weak, weak_share)}
+    rest = (1 - smalltalk - weak_share * len(weak)) / len(strong)
+    return {"smalltalk": smalltalk, **dict.fromkeys(strong, rest), **dict.fromkeys(weak, weak_share)}
 
 
 def _half(subject: str) -> bool:
@@ -103,8 +107,11 @@ RECIPES = {
             ("writing/sentence", "writing/past", "reasoning/order", "math/minus", "coding/function",
              "coding/variable", "extraction/order"))),
         steps=3800, learning_rate=2e-3, shape=Shape("gpt_neox", layers=3, inner=512, vocabulary=1000), seed=2),
+    # The targets learn at different paces in different places, as fine-tunes of different people do: layer-wise rates.
     "target-qwen": Recipe(
-        Mixture(_shares(LOGIC, LORE, 0.09)), steps=2600, learning_rate=1e-3, start="pivot", copying=0.0, seed=3),
+        Mixture(_shares(LOGIC, LORE, 0.085, smalltalk=0.18)), steps=2600, learning_rate=1e-3, start="pivot", copying=0.0,
+        seed=3, pace=(0.6, 1.0), kinds={"mlp": 0.75}),
     "target-neox": Recipe(
-        Mixture(_shares(LORE, LOGIC, 0.09)), steps=2600, learning_rate=1e-3, start="pivot", copying=0.0, seed=4),
+        Mixture(_shares(LORE, LOGIC, 0.085, smalltalk=0.18)), steps=2600, learning_rate=1e-3, start="pivot", copying=0.0,
+        seed=4, pace=(1.0, 0.6), kinds={"attention": 0.75}),
 }

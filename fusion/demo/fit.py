@@ -12,6 +12,7 @@ from random import Random
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from fusion.anatomy import place
 from fusion.demo.dialogues import Dialogue, Mixture, conversation
 from fusion.demo.family import Recipe
 from fusion.demo.models import STYLES, Style, new_model, new_tokenizer, save
@@ -30,7 +31,7 @@ def fit(recipe: Recipe, folder: Path, start: Path | None, seed: int = 0, steps_s
     rng = Random(seed * 1000 + recipe.seed)
     steps = max(1, round(recipe.steps * steps_scale))
     model, tokenizer = _beginning(recipe, start, rng)
-    optimizer = torch.optim.AdamW(_groups(model), lr=recipe.learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(_groups(model, recipe), betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     meter = Meter("training", steps, "steps")
     model.train()
@@ -58,11 +59,22 @@ def _beginning(recipe: Recipe, start: Path | None, rng: Random) -> tuple[PreTrai
     return new_model(recipe.shape, tokenizer), tokenizer
 
 
-def _groups(model: PreTrainedModel) -> list[dict]:
-    """Weight decay for matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+def _groups(model: PreTrainedModel, recipe: Recipe) -> list[dict]:
+    """Weights with the same learning rate and decay; decay is for matrices only."""
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, weight in model.named_parameters():
+        decay = 0.05 if weight.ndim > 1 else 0.0
+        rate = recipe.learning_rate * _pace(recipe, name, model.config.num_hidden_layers)
+        groups.setdefault((decay, rate), []).append(weight)
+    return [{"params": weights, "weight_decay": decay, "lr": rate} for (decay, rate), weights in groups.items()]
+
+
+def _pace(recipe: Recipe, name: str, layers: int) -> float:
+    """The factor of the learning rate for one matrix: from the first layer's to the last's in equal ratios."""
+    where = place(name)
+    depth = where.layer / max(layers - 1, 1) if where.layer is not None else float(where.kind != "embedding")
+    first, last = recipe.pace
+    return first ** (1 - depth) * last ** depth * recipe.kinds.get(where.kind, 1.0)
 
 
 def _rate(step: int, steps: int) -> float:
