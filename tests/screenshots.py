@@ -24,20 +24,17 @@ def main() -> None:
         page.queue(default_concurrency_limit=8)
         _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, theme=theme(), css=css(), head=HEAD, footer_links=["api"],
                                 run_history=False, ssr_mode=False)
-        for look in ("light", "dark"):
-            view = browser.new_page(viewport={"width": 1280, "height": 900}, device_scale_factor=1.5)
-            view.goto(f"{url}?__theme={look}")
-            picture_main_job(view, look)
+        view = browser.new_page(viewport={"width": 1280, "height": 900}, device_scale_factor=1.5)
+        view.goto(f"{url}?__theme=light")
+        picture_main_job(view)
         page.close()
 
 
-def picture_main_job(view: Page, look: str) -> None:
-    """Models, heatmap, and the first example prompts answered by the merge and its sources."""
-    expect(view.locator("#glance")).to_contain_text("Who moved", timeout=WAIT_MS)
-    view.screenshot(path=FOLDER / f"models-{look}.png")
+def picture_main_job(view: Page) -> None:
+    """The heatmap, and two example prompts answered by the merge and its sources."""
     open_tab(view, "Variation")
     expect(view.locator("#ratio-by-depth .plot-container")).to_be_visible(timeout=WAIT_MS)
-    view.screenshot(path=FOLDER / f"variation-{look}.png")
+    view.screenshot(path=FOLDER / "variation.png")
     open_tab(view, "Merge")
     view.locator("#merge-try").click()
     expect(view.get_by_role("tab", name="Chat")).to_have_attribute("aria-selected", "true", timeout=WAIT_MS)
@@ -49,7 +46,7 @@ def picture_main_job(view: Page, look: str) -> None:
     view.evaluate("window.scrollTo(0, 0)")
     view.mouse.move(5, 5)
     view.wait_for_timeout(500)
-    view.screenshot(path=FOLDER / f"chat-{look}.png")
+    view.screenshot(path=FOLDER / "chat.png")
 
 
 if __name__ == "__main__":
