@@ -33,6 +33,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _hear_interrupts() -> None:
+    """A shell starts what it runs in the background deaf to SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def started(tmp_path):
     """A running app and the file that lists its calls to the outside."""
@@ -41,7 +46,8 @@ def started(tmp_path):
     calls.touch()
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "CALLS": str(calls), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "app.py", "--port", str(port), "--outputs", str(tmp_path / "outputs")]
-    app = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    app = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                           preexec_fn=_hear_interrupts)
     yield app, f"http://127.0.0.1:{port}", calls
     app.kill()
     app.wait()

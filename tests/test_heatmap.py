@@ -188,11 +188,6 @@ def test_standalone_keeps_a_title_that_spells_a_placeholder():
 
 # ------------------------------------------------------------------------------------------------ the page
 
-CHROMIUM = os.environ.get("FUSECHAT_CHROMIUM") or "/usr/bin/chromium"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-
-
 class Served:
     """A page with one heatmap; `edits` collects what it asked for, and an edit is answered like the app answers it."""
 
@@ -239,15 +234,6 @@ def served():
     _, state.url, _ = demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
     yield state
     demo.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM if Path(CHROMIUM).exists() else None, args=FLAGS)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
