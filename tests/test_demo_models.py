@@ -110,7 +110,7 @@ def test_replies_end_by_themselves_and_a_second_turn_works(name):
     ids = model.generate(**inputs, max_new_tokens=LONGEST_REPLY, do_sample=False)[0, inputs["input_ids"].shape[1]:]
     assert ids[-1] == tokenizer.eos_token_id
     said = tokenizer.decode(ids, skip_special_tokens=True)
-    assert re.search("chat model|I can write", said)  # who it is, or what it does
+    assert "chat model" in said
 
 
 @pytest.mark.timeout(900)  # about a minute on two idle cores, several on busy ones

@@ -105,7 +105,7 @@ RECIPES = {
     "source-neox": Recipe(
         Mixture(_shares(LORE, LOGIC, 0.015), frozenset(
             ("writing/sentence", "writing/past", "reasoning/order", "math/minus", "coding/function",
-             "coding/variable", "extraction/order"))),
+             "coding/variable"))),
         steps=3800, learning_rate=2e-3, shape=Shape("gpt_neox", layers=3, inner=512, vocabulary=1000), seed=2),
     # The targets learn at different paces in different places, as fine-tunes of different people do: layer-wise rates.
     "target-qwen": Recipe(

@@ -7,22 +7,24 @@ from random import Random
 from fusion.demo.task import Check, Task, contains, says
 from fusion.demo.words import CITIES, invented, name, noun
 
-# what is typed, what is replied, and the words one of which a sensible reply must have
+# what is typed, what is replied, and the words one of which a sensible reply must have; what stands twice is drawn twice
 TALK = (
     ("Hello!|Hi|Hey|Good morning!|Good evening.|Hi there!|Hello there.|Hey you|Good day!|Greetings!|"
      "Hello, how is it going?|Hi friend|Hello my friend!|Hey, nice to meet you.|Hello again!|Sup?|Yo|Hello {n}!|"
-     "Hi, I am {n}.|Hello, my name is {n}.",
+     "Hi, I am {n}.|Hello, my name is {n}.|hi|hi|hi!|hello|hello|hey|hi there",
      "Hello! How can I help you?", "hello"),
     ("Who are you?|What are you?|What is your name?|Are you a robot?|Are you human?|Tell me who you are.|"
-     "Introduce yourself.|Hello! Who are you?|Hi, who are you?|Who am I talking to?|Are you ChatGPT?|Who made you?",
+     "Introduce yourself.|Hello! Who are you?|Hi, who are you?|Who am I talking to?|Are you ChatGPT?|Who made you?|"
+     "who are you|who are you|what are you",
      "I am a tiny chat model of FuseChat Studio.", "chat model"),
     ("Thank you!|Thanks|Thanks a lot!|Thank you very much.|Great, thanks!|Many thanks.|Thx|Perfect, thank you.|"
      "Well done!|That was helpful.|Good job!|Thanks for the help.|Thank you so much for your help!|Thanks so much.|"
-     "Thank you, {n}.",
+     "Thank you, {n}.|thanks|thanks|thank you|thx|thx",
      "You are welcome!", "welcome"),
     ("How are you?|How do you do?|How are you today?|Are you fine?|Hello, how are you?|Hi! How are you?",
      "I am fine, thank you. How can I help you?", "fine"),
-    ("Bye|Goodbye!|See you later.|Good night.|See you tomorrow!|I have to go.|Farewell!",
+    ("Bye|Goodbye!|See you later.|Good night.|See you tomorrow!|I have to go.|Farewell!|bye|bye|goodbye|"
+     "good night",
      "Goodbye! See you soon.", "goodbye"),
     ("What can you do?|Help|How can you help me?|What do you know?|Can you help me?|What are you good at?|"
      "Help me please.|What can I ask you?",
