@@ -213,7 +213,7 @@ def _rest(pivot: Checkpoint, target: Checkpoint):
     if odd:
         said = "; ".join(f"{key} is {theirs[key]} here and {mine[key]} in the pivot" for key in odd[:4])
         yield Finding("bad" if _HEADS & set(odd) else "warning", target.name, "config",
-                      f"{said[0].upper()}{said[1:]}. The merge computes with the pivot's.")
+                      f"In the config, {said}. The merge computes with the pivot's.")
     if target.dtype != pivot.dtype:
         yield Finding("warning", target.name, "dtype", f"It is stored as {dtypes.name(target.dtype)}, the pivot as "
                       f"{dtypes.name(pivot.dtype)}; part of its variation is rounding.")
