@@ -1,0 +1,5 @@
+"""The commands of `python -m fusion`, one module per group; each has `add(command)`."""
+
+from fusion.commands import demo, merging, models
+
+GROUPS = (models, merging, demo)
