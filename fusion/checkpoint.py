@@ -65,6 +65,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
             raise CheckpointError(f"holds {tensor.dtype}, which is not a weight dtype", where=f"{self.name}: {name}")
         return dtypes.decode(self.raw(name, start, stop), tensor.dtype, out[:stop - start])
 
+    def plain(self, name: str) -> bool:
+        """Whether the bytes of `raw` are, decoded by the tensor's dtype, just what `read` gives."""
+        return self.info[name].dtype in dtypes.FLOATS
+
     def raw(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """The stored bytes of the flat elements start … stop of a tensor."""
         tensor = self.info[name]

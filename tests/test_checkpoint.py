@@ -48,6 +48,7 @@ def test_a_tensor_reads_as_float32_whole_or_in_part(tmp_path, dtype):
         assert model[name].dtype == np.float32 and np.array_equal(model[name], value)
     part = model.read("model.embed_tokens.weight", 2, 5, np.empty(9, np.float32))
     assert part.tolist() == [2, 3, 4]
+    assert all(model.plain(name) for name in model)
 
 
 def test_scalar_and_empty_tensors_keep_their_shape(tmp_path):
