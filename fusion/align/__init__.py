@@ -1,0 +1,16 @@
+"""Which source tokens correspond to which pivot tokens, and which pivot token stands for each source token: pure functions.
+
+    links = warp(["I", " am", " going"], ["I", " am", " go", "ing"])
+    links.of(2)                                    # [2, 3]: the source tokens of " going"
+    table = map_vocabulary(source_surfaces, pivot_surfaces)
+    ids, logprobs = remap(links, top_ids, top_logprobs, table)
+
+Tokens are compared by their *surface*, the text a token stands for, whatever marks its tokenizer uses.
+"""
+
+from fusion.align.remap import remap
+from fusion.align.sequence import Alignment, by_offsets, warp
+from fusion.align.surface import surface, tokenizer_kind
+from fusion.align.vocabulary import MAPPINGS, count_pairs, map_vocabulary
+
+__all__ = ["MAPPINGS", "Alignment", "by_offsets", "count_pairs", "map_vocabulary", "remap", "surface", "tokenizer_kind", "warp"]

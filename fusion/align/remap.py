@@ -1,0 +1,44 @@
+"""Carry a source model's top-k distributions over to the pivot's positions and vocabulary."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fusion.align.sequence import Alignment
+
+
+def remap(links: Alignment, ids: np.ndarray, logprobs: np.ndarray, table: np.ndarray, *,
+          duplicates: str = "first") -> tuple[np.ndarray, np.ndarray]:
+    """Distributions over pivot ids for every pivot position: ids [M, k] int32 (−1 = empty), log-probabilities [M, k] float32.
+
+    `ids`, `logprobs` [N, k]: a source's top-k at each of its positions, best first (position j predicts token j + 1). `table`
+    [V_source]: pivot id of every source id, −1 for none. Mass without a counterpart is dropped and the rest renormalised;
+    a position where nothing is left, or to which no source position corresponds, is empty: the pivot's own distribution is
+    used there. `duplicates`: of source tokens with one pivot token keep the "first" (most probable; the papers) or their
+    "sum". Source: FuseLLM, arXiv 2401.10491; FuseChat 2.0, arXiv 2408.07990.
+    """
+    if duplicates not in ("first", "sum"):
+        raise ValueError(f"duplicates must be first or sum, not {duplicates!r}")
+    count, k = len(links), ids.shape[1]
+    found = np.full((count, k), -1, np.int32)
+    chances = np.full((count, k), -np.inf, np.float64)
+    at = np.flatnonzero(links.usable >= 0)
+    if not len(at):
+        return found, chances.astype(np.float32)
+    theirs = links.usable[at]
+    mapped, chance = table[ids[theirs]], logprobs[theirs].astype(np.float64)
+    chance = np.where(mapped >= 0, chance, -np.inf)
+    for column in range(1, k):  # k is small; rows are many
+        same = (mapped[:, :column] == mapped[:, column:column + 1]) & (mapped[:, column:column + 1] >= 0)
+        rows = np.flatnonzero(same.any(axis=1))
+        if duplicates == "sum":
+            first = same[rows].argmax(axis=1)
+            chance[rows, first] = np.logaddexp(chance[rows, first], chance[rows, column])
+        mapped[rows, column], chance[rows, column] = -1, -np.inf
+    order = np.argsort(-chance, axis=1, kind="stable")
+    mapped, chance = np.take_along_axis(mapped, order, 1), np.take_along_axis(chance, order, 1)
+    total = np.logaddexp.reduce(chance, axis=1, keepdims=True)
+    whole = np.isfinite(total[:, 0])
+    found[at[whole]] = np.where(np.isfinite(chance), mapped, -1)[whole]
+    chances[at[whole]] = (chance - np.where(np.isfinite(total), total, 0))[whole]
+    return found, chances.astype(np.float32)
