@@ -23,9 +23,9 @@ from fusion import dtypes
 from fusion.anatomy import place
 from fusion.errors import CheckpointError, nearest
 from fusion.header import TensorInfo, read_header
+from fusion.quantised import decode, dequantised, plain_config, read_scale
 
 INDEX = "model.safetensors.index.json"
-_QUANTISED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB", ".weight_format", "_packed", "_blocks")
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
@@ -40,9 +40,12 @@ class Checkpoint(Mapping[str, np.ndarray]):
         if not os.path.isdir(self.folder):
             raise CheckpointError("there is no such folder", where=str(folder), todo="Give the folder that holds config.json.")
         self.name = name or self.folder.resolve().name
-        self.config = self._json("config.json", required=True)
-        self.info = self._tensors()
-        self._refuse_quantised()
+        config = self._json("config.json", required=True)
+        self._stored = self._tensors()
+        self.info, self._fp8 = dequantised(self._stored, config, str(self.folder))
+        self.config = plain_config(config) if self._fp8 else config
+        self._refuse_whole_numbers()
+        self._scales: dict[str, np.ndarray | None] = {}
         self._files = _Files()
 
     def __iter__(self) -> Iterator[str]:
@@ -63,15 +66,17 @@ class Checkpoint(Mapping[str, np.ndarray]):
         tensor = self.info[name]
         if tensor.dtype not in dtypes.FLOATS:
             raise CheckpointError(f"holds {tensor.dtype}, which is not a weight dtype", where=f"{self.name}: {name}")
+        if name in self._fp8:
+            return decode(self._fp8[name], self.raw(name, start, stop), start, self._scale(name), out[:stop - start])
         return dtypes.decode(self.raw(name, start, stop), tensor.dtype, out[:stop - start])
 
     def plain(self, name: str) -> bool:
         """Whether the bytes of `raw` are, decoded by the tensor's dtype, just what `read` gives."""
-        return self.info[name].dtype in dtypes.FLOATS
+        return self.info[name].dtype in dtypes.FLOATS and name not in self._fp8
 
     def raw(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """The stored bytes of the flat elements start … stop of a tensor."""
-        tensor = self.info[name]
+        tensor = self._stored[name]
         item = dtypes.ITEM_BYTES[tensor.dtype]
         stop = tensor.numel if stop is None else stop
         data = self._files.read(tensor.file, tensor.start + start * item, (stop - start) * item)
@@ -79,6 +84,11 @@ class Checkpoint(Mapping[str, np.ndarray]):
             raise CheckpointError("the file became shorter while it was read", where=f"{self.name}: {tensor.file.name}",
                                   todo="Do not change a checkpoint while it is merged.")
         return data
+
+    def _scale(self, name: str) -> np.ndarray | None:
+        if name not in self._scales:
+            self._scales[name] = read_scale(self._fp8[name], lambda tensor: self.raw(tensor.name))
+        return self._scales[name]
 
     def close(self) -> None:
         """Close the files that reading opened."""
@@ -120,19 +130,33 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the head shares the embedding's matrix: the config says so, or there is no head at all."""
-        said = [config["tie_word_embeddings"] for config in (self.config, self._text_config)
-                if config.get("tie_word_embeddings") is not None]
-        return bool(said[0]) if said else not any(place(name).kind == "head" for name in self.info)
+        """Whether the head shares the embedding's matrix: no head is stored, or one that repeats it and that no config unties."""
+        heads = {name for name in self.info if place(name).kind == "head"}
+        return heads == self.tied_copies if heads else self._says_tied is not False
 
     @cached_property
     def tied_copies(self) -> frozenset[str]:
-        """Names of stored heads that only repeat the embedding (the config ties them, the shapes agree)."""
-        if not self.tied:
+        """Names of stored heads that only repeat the embedding, as 64 samples of them show; none when the config unties them."""
+        if self._says_tied is False:
             return frozenset()
-        tables = {tensor.shape for name, tensor in self.info.items() if place(name).kind == "embedding"}
-        return frozenset(name for name, tensor in self.info.items()
-                         if place(name).kind == "head" and tensor.shape in tables)
+        tables = [name for name in self.info if place(name).kind == "embedding"]
+        return frozenset(name for name in self.info
+                         if place(name).kind == "head" and any(self._equal(name, table) for table in tables))
+
+    @property
+    def _says_tied(self) -> bool | None:
+        said = [config["tie_word_embeddings"] for config in (self.config, self._text_config)
+                if config.get("tie_word_embeddings") is not None]
+        return bool(said[0]) if said else None
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two tensors agree in shape and in 64 samples of up to 1024 numbers: some kilobytes instead of gigabytes."""
+        first, second, numel = self.info[one], self.info[other], self.info[one].numel
+        if first.shape != second.shape or not {first.dtype, second.dtype} <= set(dtypes.FLOATS):
+            return False
+        mine, its = np.empty((2, 1024), np.float32)
+        spans = [(start, min(start + 1024, numel)) for start in range(0, numel, max(numel // 64, 1024))]
+        return all(np.array_equal(self.read(one, *span, mine), self.read(other, *span, its), equal_nan=True) for span in spans)
 
     @property
     def vocab_size(self) -> int | None:
@@ -171,8 +195,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
         size changes it.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in sorted(self.info):
-            tensor = self.info[name]
+        for name in sorted(self._stored):
+            tensor = self._stored[name]
             digest.update(f"{name}|{tensor.dtype}|{tensor.shape}".encode())
             middle = tensor.numel // 2
             digest.update(self.raw(name, middle, min(tensor.numel, middle + 2048)))
@@ -181,7 +205,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
     @property
     def stamp(self) -> str:
         """A mark of the very files on this disk: paths, sizes and times. It notices what `fingerprint` may miss."""
-        files = sorted({tensor.file for tensor in self.info.values()})
+        files = sorted({tensor.file for tensor in self._stored.values()})
         return repr([(str(file.resolve()), (stat := os.stat(file)).st_size, stat.st_mtime_ns, stat.st_ino) for file in files])
 
     @property
@@ -249,15 +273,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
                                   todo="Convert it once with save_pretrained(safe_serialization=True).")
         raise CheckpointError("there are no safetensors weights", where=str(self.folder))
 
-    def _refuse_quantised(self) -> None:
-        method = self.config.get("quantization_config") or self._text_config.get("quantization_config")
-        packed = next((name for name, tensor in self.info.items()
-                       if name.endswith(_QUANTISED) or tensor.dtype.startswith("F8")), None)
-        if method or packed:
-            said = method.get("quant_method") if isinstance(method, dict) else method
-            what = ", ".join(str(part) for part in (said, packed and f"{packed} is {self.info[packed].dtype}") if part)
-            raise CheckpointError(f"the weights are quantised ({what or 'its config says so'})", where=str(self.folder),
-                                  todo="Merge the full-precision checkpoint it was made from.")
+    def _refuse_whole_numbers(self) -> None:
         if self.dtype not in dtypes.FLOATS:
             raise CheckpointError(f"most weights are stored as {self.dtype}, not as floating point numbers", where=str(self.folder),
                                   todo="Merge a float32, float16 or bfloat16 checkpoint.")

@@ -138,20 +138,34 @@ def test_any_tokenizer_file_gives_a_vocabulary_or_none(tmp_path, tokenizer, voca
     assert Checkpoint(folder).vocabulary == vocabulary
 
 
-HEAD = {"lm_head.weight": np.zeros((3, 2), np.float32)}
+TABLE = TENSORS["model.embed_tokens.weight"]
+COPY, OWN = {"lm_head.weight": TABLE}, {"lm_head.weight": TABLE + np.eye(3, 2, -2, dtype=np.float32)}
 
 
-@pytest.mark.parametrize(("config", "head", "tied", "copies"), [
-    ({"tie_word_embeddings": True}, {}, True, set()),
-    ({"tie_word_embeddings": True}, HEAD, True, {"lm_head.weight"}),
-    ({"tie_word_embeddings": False}, HEAD, False, set()),
-    ({"tie_word_embeddings": None}, {}, True, set()),
-    ({"tie_word_embeddings": None}, HEAD, False, set()),
-    ({"tie_word_embeddings": None, "text_config": {"tie_word_embeddings": True}}, HEAD, True, {"lm_head.weight"}),
+@pytest.mark.parametrize(("config", "head", "tied"), [
+    ({"tie_word_embeddings": True}, {}, True),
+    ({"tie_word_embeddings": True}, COPY, True),
+    ({"tie_word_embeddings": True}, OWN, False),  # the config errs: the stored head is another matrix
+    ({"tie_word_embeddings": True}, {"lm_head.weight": TABLE[:2]}, False),
+    ({"tie_word_embeddings": False}, COPY, False),
+    ({"tie_word_embeddings": None}, {}, True),
+    ({"tie_word_embeddings": None}, COPY, True),
+    ({"tie_word_embeddings": None}, OWN, False),
+    ({"tie_word_embeddings": None, "text_config": {"tie_word_embeddings": True}}, COPY, True),
+    ({"tie_word_embeddings": None, "text_config": {"tie_word_embeddings": False}}, COPY, False),
 ])
-def test_a_tied_head_is_a_copy_of_the_embedding(tmp_path, config, head, tied, copies):
+def test_a_tied_head_is_a_copy_of_the_embedding(tmp_path, config, head, tied):
     model = Checkpoint(save_checkpoint(tmp_path / "m", {**TENSORS, **head}, config=config))
-    assert (model.tied, set(model.tied_copies)) == (tied, copies)
+    assert (model.tied, set(model.tied_copies)) == (tied, set(head) if tied else set())
+
+
+def test_comparing_a_large_head_with_the_embedding_reads_a_sample(tmp_path, monkeypatch):
+    table = np.random.default_rng(0).standard_normal((4000, 128), np.float32)
+    model = Checkpoint(save_checkpoint(tmp_path / "m", {"embed_tokens.weight": table, "lm_head.weight": table},
+                                       config={"tie_word_embeddings": True}))
+    seen, read = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: seen.append(size) or read(file, size, at))
+    assert model.tied and sum(seen) <= 65 * 2 * 4096
 
 
 # ── folders that cannot be a checkpoint ──────────────────────────────────────────────────────────────────────────────
@@ -230,7 +244,9 @@ def test_pickles_are_never_loaded(tmp_path):
     ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "a", "float32", "quantised (fp8)"),
     ({"quantization_config": {"bits": 4}}, "a", "float32", "quantised (its config says so)"),
     ({}, "model.layers.0.mlp.up_proj.qweight", "int32", "quantised (model.layers.0.mlp.up_proj.qweight is I32)"),
-    ({}, "model.layers.0.mlp.up_proj.weight", "float8_e4m3fn", "is F8_E4M3"),
+    ({"quantization_config": {"quant_method": "bitsandbytes"}}, "model.layers.0.mlp.up_proj.weight", "int8",
+     "quantised (bitsandbytes, model.layers.0.mlp.up_proj.weight is I8)"),
+    ({}, "model.layers.0.mlp.experts.gate_up_proj_blocks", "uint8", "gate_up_proj_blocks is U8"),  # MXFP4
     ({}, "a", "int64", "most weights are stored as I64"),
 ])
 def test_quantised_and_whole_number_weights_are_refused(tmp_path, config, name, dtype, words):
