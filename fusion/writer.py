@@ -1,70 +1,73 @@
 """A checkpoint is written whole or not at all: into a hidden sibling folder that gets its name by one rename at the end.
 
-The layout of every shard is planned first, so blocks of different tensors can be written in any order, from any thread.
+Blocks of different tensors can be written in any order, from any thread. Finished shards are flushed to the disk while others
+are still written, and noted in the journal: what a killed writer left is removed by the next one, or resumed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import hashlib
 import json
 import os
-import secrets
-import shutil
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from fusion.checkpoint import INDEX
-from fusion.dtypes import ITEM_BYTES
-from fusion.errors import OutputError, ResourceError
+from fusion.errors import OutputError
+from fusion.journal import Journal, sync_folder
+from fusion.shards import MAX_SHARD_BYTES, Shard, disk_error, plan_shards
 
-MAX_SHARD_BYTES = 5_000_000_000
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one tensor goes: shard file name, first byte in it, bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    nbytes: int
+__all__ = ["MAX_SHARD_BYTES", "CheckpointWriter"]
 
 
 class CheckpointWriter:
     """Writes tensors and small files into a folder that appears on `finish` and never otherwise.
 
     `tensors` lists (name, safetensors dtype code, shape). Use it as a context manager: leaving it without `finish` removes
-    everything. OutputError when the folder exists or cannot be made, ResourceError when the disk is full.
+    everything. `resume` continues what a killed writer of the same tensors and the same `plan_digest` began: `finished` maps
+    the tensors of its finished shards to the notes that were given to `done`; what it finishes itself then also outlives it.
+    `allocate=False` leaves the shards to others: they write `shard(file)`, then `adopt` takes it in.
+
+    OutputError when the folder exists, cannot be made, is being written by another merge or was begun with another plan;
+    ResourceError when the disk is full.
     """
 
     def __init__(self, out: str | os.PathLike, tensors: Sequence[tuple[str, str, tuple[int, ...]]],
-                 max_shard_bytes: int = MAX_SHARD_BYTES):
+                 max_shard_bytes: int = MAX_SHARD_BYTES, *, resume: bool = False, plan_digest: str = "", allocate: bool = True):
         self.out = Path(out).absolute()
         self.headers, self.slots = plan_shards(tensors, max_shard_bytes)
+        self.files = {file: [slot for slot in self.slots.values() if slot.file == file] for file in self.headers}
+        self.finished: dict[str, dict] = {}
+        self._plan = hashlib.sha256(b"\0".join([plan_digest.encode(), *self.headers.values()])).hexdigest()
+        self._resume, self._allocate = resume, allocate
+        self._journal, self._own = Journal(self.out), False
+        self._sealed: set[str] = set()
+        self._small: set[str] = set()
+        self._shards: dict[str, Shard] = {}
         self._written = dict.fromkeys(self.slots, 0)
-        self._files: dict[str, int] = {}
+        self._notes: dict[str, dict[str, dict]] = {file: {} for file in self.headers}
+        self._seals: dict[str, Future] = {}
+        self._flush = ThreadPoolExecutor(1)  # starts its thread when the first shard is complete
         self._lock = threading.Lock()
         self._made: list[Path] = []
 
     def __enter__(self) -> CheckpointWriter:
-        if os.path.lexists(self.out):
-            raise OutputError("exists already; nothing is ever overwritten", where=str(self.out), todo="Choose another folder.")
         if "\0" in str(self.out):
             raise OutputError("cannot be written (a null character)", where=repr(str(self.out)), todo="Choose another folder.")
+        self._refuse_existing("exists already; nothing is ever overwritten")
         try:
-            with _disk(self.out):
-                self._make_parents()
-                self.folder = self.out.parent / f".{self.out.name}.partial-{secrets.token_hex(4)}"
-                self.folder.mkdir()
-                for file, header in self.headers.items():
-                    self._open_shard(file, header)
+            with self._disk():
+                self._take_name()
+                self._take_folder()
+                for file in self.headers:
+                    if file not in self._sealed and self._allocate:
+                        self._shards[file] = self.shard(file)
+                        self._shards[file].open()
         except BaseException:
             self.abort()
             raise
@@ -73,52 +76,107 @@ class CheckpointWriter:
     def __exit__(self, *exception) -> None:
         self.abort()
 
+    @property
+    def folder(self) -> Path:
+        """The hidden folder that becomes `out`."""
+        return self._journal.folder
+
+    @property
+    def todo(self) -> tuple[str, ...]:
+        """The tensors that are not finished, one shard after the other, the largest first in each: the order to write them in."""
+        return tuple(slot.name for slots in self.files.values() for slot in sorted(slots, key=lambda slot: -slot.nbytes)
+                     if slot.name not in self.finished)
+
+    def shard(self, file: str) -> Shard:
+        """The shard of this file name, not yet opened."""
+        return Shard(self.folder / file, self.headers[file], self.files[file])
+
     def write(self, name: str, start: int, stored: np.ndarray | bytes) -> None:
         """Write stored numbers as the flat elements of `name` from `start` on."""
         slot = self.slots[name]
-        data = memoryview(stored).cast("B")
-        at = slot.start + start * ITEM_BYTES[slot.dtype]
-        with _disk(self.out):
-            done = 0
-            while done < len(data):
-                done += os.pwrite(self._files[slot.file], data[done:], at + done)
+        with self._disk():
+            nbytes = self._shards[slot.file].write(slot, start, stored)
         with self._lock:
-            self._written[name] += len(data)
+            self._written[name] += nbytes
+
+    def done(self, name: str, notes: Mapping | None = None) -> None:
+        """Say that every block of `name` is written; `notes` is plain data that a resumed merge finds in `finished`."""
+        slot = self.slots[name]
+        with self._lock:
+            if self._written[name] != slot.nbytes:
+                raise RuntimeError(f"{name} is incomplete: {self._written[name]} of {slot.nbytes} bytes")
+            known = self._notes[slot.file]
+            known[name] = dict(notes or {})
+            if len(known) == len(self.files[slot.file]):
+                self._seals[slot.file] = self._flush.submit(self._seal, slot.file)
+
+    def adopt(self, file: str, notes: Mapping[str, Mapping]) -> None:
+        """Take in a shard that somebody else sealed; `notes` maps each of its tensors to plain data."""
+        if not self.shard(file).sealed() or notes.keys() != {slot.name for slot in self.files[file]}:
+            raise RuntimeError(f"{file} is not the shard that was planned")
+        self._notes[file] = {name: dict(its) for name, its in notes.items()}
+        with self._disk():
+            self._record(file)
 
     def write_file(self, name: str, content: str | bytes) -> None:
         """Write a small file beside the weights."""
-        with _disk(self.out):
-            (self.folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        with self._disk(), open(self.folder / name, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        self._small.add(name)
 
     def finish(self) -> Path:
         """Check that every tensor is complete, make the files durable and give the folder its name."""
-        short = next((name for name, slot in self.slots.items() if self._written[name] != slot.nbytes), None)
-        if short is not None:
-            raise RuntimeError(f"{short} is incomplete: {self._written[short]} of {self.slots[short].nbytes} bytes")
+        for name, slot in self.slots.items():
+            if name not in self._notes[slot.file]:
+                self.done(name)
+        for file in self.headers.keys() - self._sealed - self._seals.keys():  # of a checkpoint without a tensor
+            self._seals[file] = self._flush.submit(self._seal, file)
+        for seal in self._seals.values():
+            seal.result()
         if len(self.headers) > 1:
             total = sum(slot.nbytes for slot in self.slots.values())
             index = {"metadata": {"total_size": total}, "weight_map": {name: slot.file for name, slot in self.slots.items()}}
             self.write_file(INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-        with _disk(self.out):
-            for descriptor in self._files.values():
-                os.fsync(descriptor)
+        with self._disk():
             self._close()
-            if os.path.lexists(self.out):  # somebody else was faster
-                raise OutputError("appeared while this merge ran", where=str(self.out), todo="Choose another folder.")
+            self._tidy({*self.headers, *self._small})
+            sync_folder(self.folder)
+            self._refuse_existing("appeared while this merge ran")  # somebody else was faster
             os.rename(self.folder, self.out)
+        with contextlib.suppress(OSError):  # it has its name; there is no way back from here
+            sync_folder(self.out.parent)
+        self._journal.release()
         self._made.clear()
         return self.out
 
     def abort(self) -> None:
-        """Remove everything that was written; after `finish` there is nothing to remove."""
+        """Remove everything that was written, but in a resumed merge its finished shards; after `finish` there is nothing."""
         self._close()
-        folder = getattr(self, "folder", None)
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        if self._journal.folder is None or (self._own and not (self._resume and self._sealed)):
+            with contextlib.suppress(OSError):
+                self._journal.discard()
+                self._journal.release()
+        self._journal.keep()  # what stays is the next merge's
         for parent in reversed(self._made):
             with contextlib.suppress(OSError):
                 parent.rmdir()
         self._made.clear()
+
+    def _refuse_existing(self, found: str) -> None:
+        if os.path.lexists(self.out):
+            raise OutputError(found, where=str(self.out), todo="Choose another folder.")
+
+    def _take_name(self) -> None:
+        for attempts_left in reversed(range(10)):
+            self._make_parents()
+            try:
+                self._journal.take()
+                break
+            except FileNotFoundError:  # another merge has just removed the parents that it had made
+                if not attempts_left:
+                    raise
 
     def _make_parents(self) -> None:
         missing = [parent for parent in self.out.parents if not parent.exists()]
@@ -127,55 +185,51 @@ class CheckpointWriter:
                 parent.mkdir()
                 self._made.append(parent)
 
-    def _open_shard(self, file: str, header: bytes) -> None:
-        descriptor = os.open(self.folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        self._files[file] = descriptor
-        size = len(header) + sum(slot.nbytes for slot in self.slots.values() if slot.file == file)
-        if hasattr(os, "posix_fallocate"):  # also finds out now, not at the end, that the disk is too small
-            os.posix_fallocate(descriptor, 0, size)
-        os.pwrite(descriptor, header, 0)
+    def _take_folder(self) -> None:
+        journal = self._journal
+        if self._resume and journal.records and journal.plan != self._plan:
+            raise OutputError("what is left of the last merge was begun with another recipe, other models or another layout",
+                              where=str(self.out), todo="Begin again without --resume.")
+        self._own = True
+        if self._resume and journal.folder is not None and journal.plan == self._plan:
+            for record in journal.records:
+                self._take_shard(record.get("shard"), record.get("tensors"))
+            self._tidy(self._sealed)
+        else:
+            journal.discard()
+            journal.begin(self._plan)
+
+    def _take_shard(self, file: object, notes: object) -> None:
+        names = {slot.name for slot in self.files.get(file, ())} if isinstance(file, str) else set()
+        if isinstance(notes, dict) and notes.keys() == names != set() and self.shard(file).sealed():
+            self._sealed.add(file)
+            self._notes[file] = notes
+            self.finished.update(notes)
+
+    def _tidy(self, kept: set[str]) -> None:
+        """Remove what a dead process left in the hidden folder."""
+        for path in list(self.folder.iterdir()):
+            if path.name not in kept:
+                path.unlink()
+
+    def _seal(self, file: str) -> None:
+        with self._disk():
+            self._shards[file].seal()
+            self._record(file)
+
+    def _record(self, file: str) -> None:
+        self._journal.add({"shard": file, "tensors": self._notes[file]})
+        self._sealed.add(file)
 
     def _close(self) -> None:
-        for descriptor in self._files.values():
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-        self._files.clear()
+        self._flush.shutdown(cancel_futures=True)
+        for shard in self._shards.values():
+            shard.close()
 
-
-def plan_shards(tensors: Sequence[tuple[str, str, tuple[int, ...]]],
-                max_shard_bytes: int) -> tuple[dict[str, bytes], dict[str, Slot]]:
-    """Lay tensors out in shards of at most `max_shard_bytes` (a larger tensor has its own); returns headers and slots."""
-    shards: list[list[tuple[str, str, tuple[int, ...], int]]] = [[]]
-    room = max_shard_bytes
-    for name, dtype, shape in tensors:
-        nbytes = int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype]
-        if shards[-1] and nbytes > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append((name, dtype, shape, nbytes))
-        room -= nbytes
-    headers, slots = {}, {}
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
-        for name, dtype, shape, nbytes in shard:
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
-            offset += nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        headers[file] = len(text).to_bytes(8, "little") + text
-        for name, dtype, shape, nbytes in shard:
-            start = len(headers[file]) + header[name]["data_offsets"][0]
-            slots[name] = Slot(name, dtype, shape, file, start, nbytes)
-    return headers, slots
-
-
-@contextlib.contextmanager
-def _disk(out: Path):
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError("the disk is full", where=str(out), todo="Free some space; nothing was left behind.") from error
-        raise OutputError(f"cannot be written ({error.strerror})", where=str(out),
-                          todo="Choose a folder you may write to.") from error
+    @contextlib.contextmanager
+    def _disk(self):
+        try:
+            yield
+        except OSError as error:
+            kept = "what is finished is kept for --resume" if self._resume and self._sealed else "nothing was left behind"
+            raise disk_error(error, self.out, kept) from error

@@ -17,8 +17,8 @@ LEVELS = (  # from the roof down: a module imports lower rows, and in its own ro
     ("chat", "merge", "live", "verify", "cluster", "review", "compare", "train", "arena", "evaluate", "demo"),
     ("settings", "recipe", "mergekit", "weights", "plan", "card", "distill"),
     ("preflight", "variation", "inspection", "writer"),
-    ("compiled", "dtypes", "header", "anatomy", "digest", "quantised", "checkpoint", "view", "pickles", "adapters", "hub",
-     "sources", "vocabulary", "tables", "methods", "align"),
+    ("compiled", "dtypes", "header", "journal", "shards", "anatomy", "digest", "quantised", "checkpoint", "view", "pickles",
+     "adapters", "hub", "sources", "vocabulary", "tables", "methods", "align"),
     ("errors", "progress", "version"),
 )
 RANK = {module: (-row, column) for row, modules in enumerate(LEVELS) for column, module in enumerate(modules)}

@@ -1,0 +1,112 @@
+"""The layout of a checkpoint's files, planned before the first byte, and one such file while it is written.
+
+A shard gets its header last: until then no reader takes it for weights, whatever becomes of the process that writes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fusion.dtypes import ITEM_BYTES
+from fusion.errors import OutputError, ResourceError
+from fusion.journal import write_all
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor goes: shard file name, first byte in it, bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    nbytes: int
+
+
+class Shard:
+    """One safetensors file of `nbytes` while it is written; `seal` writes the header and makes it durable."""
+
+    def __init__(self, path: Path, header: bytes, slots: Sequence[Slot]):
+        self.path, self.header, self.slots = path, header, slots
+        self.nbytes = len(header) + sum(slot.nbytes for slot in slots)
+        self._file: int | None = None
+
+    def open(self) -> None:
+        """Make the file, empty and of its full size: a disk that is too small is found out now, not at the end."""
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self._file, 0, self.nbytes)
+
+    def write(self, slot: Slot, start: int, stored: np.ndarray | bytes) -> int:
+        """Write stored numbers as the flat elements of a tensor from `start` on; returns how many bytes they are."""
+        data = memoryview(stored).cast("B")
+        write_all(self._file, data, slot.start + start * ITEM_BYTES[slot.dtype])
+        return len(data)
+
+    def seal(self) -> None:
+        """Write the header and wait until everything is on the disk."""
+        write_all(self._file, self.header, 0)
+        os.fsync(self._file)
+        self.close()
+
+    def sealed(self) -> bool:
+        """Whether the file on the disk is this shard, finished."""
+        try:
+            with open(self.path, "rb") as file:
+                return os.fstat(file.fileno()).st_size == self.nbytes and file.read(len(self.header)) == self.header
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._file)
+            self._file = None
+
+
+def plan_shards(tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+                max_shard_bytes: int) -> tuple[dict[str, bytes], dict[str, Slot]]:
+    """Lay tensors out in shards of at most `max_shard_bytes` (a larger tensor has its own); returns headers and slots."""
+    shards: list[list[tuple[str, str, tuple[int, ...], int]]] = [[]]
+    room = max_shard_bytes
+    for name, dtype, shape in tensors:
+        nbytes = int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[dtype]
+        if shards[-1] and nbytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append((name, dtype, shape, nbytes))
+        room -= nbytes
+    headers, slots = {}, {}
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name, dtype, shape, nbytes in shard:
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            offset += nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        headers[file] = len(text).to_bytes(8, "little") + text
+        for name, dtype, shape, nbytes in shard:
+            start = len(headers[file]) + header[name]["data_offsets"][0]
+            slots[name] = Slot(name, dtype, shape, file, start, nbytes)
+    return headers, slots
+
+
+def disk_error(error: OSError, out: Path, kept: str = "nothing was left behind") -> OutputError | ResourceError:
+    """The error of the system in words for people."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError("the disk is full", where=str(out), todo=f"Free some space; {kept}.")
+    todo = "Make the shards smaller." if error.errno == errno.EFBIG else "Choose a folder you may write to."
+    return OutputError(f"cannot be written ({error.strerror})", where=str(out), todo=todo)
