@@ -45,6 +45,8 @@ def read_header(path: Path) -> list[TensorInfo]:
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(f"the file is cut short or is no safetensors file ({size} bytes, header of {length})",
                                       where=path.name, todo=_BROKEN)
+            if not length:
+                raise CheckpointError("the file was never finished: its header is empty", where=path.name, todo=_BROKEN)
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error.strerror})", where=str(path)) from error

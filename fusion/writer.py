@@ -47,12 +47,12 @@ class CheckpointWriter:
         self._resume, self._allocate = resume, allocate
         self._journal, self._own = Journal(self.out), False
         self._sealed: set[str] = set()
-        self._small: set[str] = set()
+        self._small: dict[str, Future] = {}
         self._shards: dict[str, Shard] = {}
         self._written = dict.fromkeys(self.slots, 0)
         self._notes: dict[str, dict[str, dict]] = {file: {} for file in self.headers}
         self._seals: dict[str, Future] = {}
-        self._flush = ThreadPoolExecutor(1)  # starts its thread when the first shard is complete
+        self._flush = ThreadPoolExecutor(4)  # its threads wait for the disk, no more
         self._lock = threading.Lock()
         self._made: list[Path] = []
 
@@ -120,11 +120,9 @@ class CheckpointWriter:
 
     def write_file(self, name: str, content: str | bytes) -> None:
         """Write a small file beside the weights."""
-        with self._disk(), open(self.folder / name, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        self._small.add(name)
+        with self._disk():
+            (self.folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        self._small[name] = self._flush.submit(self._sync, name)
 
     def finish(self) -> Path:
         """Check that every tensor is complete, make the files durable and give the folder its name."""
@@ -133,12 +131,12 @@ class CheckpointWriter:
                 self.done(name)
         for file in self.headers.keys() - self._sealed - self._seals.keys():  # of a checkpoint without a tensor
             self._seals[file] = self._flush.submit(self._seal, file)
-        for seal in self._seals.values():
-            seal.result()
         if len(self.headers) > 1:
             total = sum(slot.nbytes for slot in self.slots.values())
             index = {"metadata": {"total_size": total}, "weight_map": {name: slot.file for name, slot in self.slots.items()}}
             self.write_file(INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        for flushed in (*self._seals.values(), *self._small.values()):
+            flushed.result()
         with self._disk():
             self._close()
             self._tidy({*self.headers, *self._small})
@@ -217,9 +215,14 @@ class CheckpointWriter:
             self._shards[file].seal()
             self._record(file)
 
+    def _sync(self, name: str) -> None:
+        with self._disk(), open(self.folder / name, "rb") as file:
+            os.fsync(file.fileno())
+
     def _record(self, file: str) -> None:
-        self._journal.add({"shard": file, "tensors": self._notes[file]})
-        self._sealed.add(file)
+        with self._lock:
+            self._journal.add({"shard": file, "tensors": self._notes[file]})
+            self._sealed.add(file)
 
     def _close(self) -> None:
         self._flush.shutdown(cancel_futures=True)
