@@ -15,10 +15,10 @@ LEVELS = (  # from the roof down: a module imports lower rows, and in its own ro
     ("__main__",),
     ("commands",),
     ("chat", "merge", "live", "verify", "cluster", "review", "compare", "train", "arena", "evaluate", "demo"),
-    ("settings", "recipe", "mergekit", "weights", "plan", "card", "distill"),
+    ("settings", "recipe_yaml", "recipe_rules", "recipe", "mergekit", "weights", "plan", "card", "distill"),
     ("preflight", "variation", "inspection", "writer"),
-    ("compiled", "dtypes", "header", "journal", "shards", "anatomy", "digest", "quantised", "checkpoint", "view", "pickles",
-     "adapters", "hub", "sources", "vocabulary", "tables", "methods", "align"),
+    ("compiled", "dtypes", "header", "journal", "shards", "anatomy", "quantised", "checkpoint", "digest", "view", "pickles",
+     "adapters", "hub", "sources", "vocabulary", "tables", "documents", "methods", "align"),
     ("errors", "progress", "version"),
 )
 RANK = {module: (-row, column) for row, modules in enumerate(LEVELS) for column, module in enumerate(modules)}

@@ -1,0 +1,60 @@
+"""The inner loops, twice: compiled by numba (`kernels`) and in plain numpy (`twins`). Both give the same bytes.
+
+    compiled.prepare(nbytes)                # at the start of a piece of work that will handle so many bytes
+    compiled.loops().hash_words(…)          # per block: whichever of the two is ready
+
+numba is optional. It is imported, and its machine code compiled or loaded from the cache on disk, in a thread of its own
+while numpy already works, and only when the work is large enough to pay for that. FUSECHAT_COMPILED=0 keeps to numpy, 1 waits
+for numba whatever the size. Price: half a second of one core per process, and once some ten seconds to compile.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+from types import ModuleType
+
+from fusion.compiled import twins
+from fusion.errors import ResourceError
+
+PAYS_BYTES = 150_000_000
+_lock = threading.Lock()
+_thread: threading.Thread | None = None
+_kernels: ModuleType | None = None
+
+
+def loops() -> ModuleType:
+    """The module whose loops to call now: `kernels` once they are ready, else `twins`."""
+    return twins if _kernels is None or os.environ.get("FUSECHAT_COMPILED") == "0" else _kernels
+
+
+def prepare(nbytes: int) -> None:
+    """Begin to load the compiled loops if handling `nbytes` pays for it; returns at once unless FUSECHAT_COMPILED=1.
+
+    ResourceError when FUSECHAT_COMPILED=1 and they cannot be had.
+    """
+    global _thread
+    wish = os.environ.get("FUSECHAT_COMPILED", "")
+    if wish == "0" or (wish != "1" and nbytes < PAYS_BYTES):
+        return
+    with _lock:
+        if _thread is None:
+            _thread = threading.Thread(target=_load, name="compiled loops")
+            _thread.start()
+    if wish == "1":
+        _thread.join()
+        if _kernels is None:
+            raise ResourceError("the compiled loops cannot be used", where="FUSECHAT_COMPILED=1",
+                                todo="Install numba, or unset FUSECHAT_COMPILED.")
+
+
+def _load() -> None:
+    global _kernels
+    try:
+        _kernels = importlib.import_module("fusion.compiled.kernels")
+    except ImportError:
+        logging.getLogger(__name__).info("numba is not installed; numpy does the work")
+    except Exception:  # a numba that does not fit this Python or processor must not stop a merge that works without it
+        logging.getLogger(__name__).warning("numba cannot be used; numpy does the work", exc_info=True)
