@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from fusion import dtypes
 from fusion.anatomy import place
 from fusion.checkpoint import Checkpoint
 from fusion.errors import FusionError, MismatchError, OutputError, RecipeError, ResourceError
+from fusion.journal import reclaimable_bytes
+from fusion.methods import METHODS
+from fusion.methods.stack import BLOCK
 from fusion.tables import bytes_text
 
 LEVELS = ("good", "warning", "bad")
@@ -24,8 +28,10 @@ FUSE_FIRST = "It needs pairwise fusion first: that turns any chat model into a t
 _HARMLESS = {"_name_or_path", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
              "eos_token_id", "pad_token_id", "tie_word_embeddings"}  # settings that do not change what a weight means
 _HEADS = {"num_attention_heads", "num_key_value_heads", "head_dim", "n_head"}  # equal shapes, other meaning
-_BLOCK_BYTES = 65_536 * 8
-_RUNTIME_BYTES = 60_000_000
+_THREADS = 2
+_RUNTIME_BYTES = 60_000_000  # Python and numpy
+_COMPILED_BYTES = 140_000_000  # numba and its machine code, loaded when the work is worth it
+_COMPILED_FROM_BYTES = 150_000_000
 _PACE_BYTES_PER_S = 0.8e9
 
 
@@ -98,21 +104,22 @@ class Preflight:
 
 
 def preflight(pivot: Checkpoint, targets: Sequence[Checkpoint], *, out: str | os.PathLike | None = None,
-              dtype: str | None = None) -> Preflight:
+              dtype: str | None = None, method: str = "varm", in_memory: bool = False) -> Preflight:
     """Compare headers and configs of pivot and targets; never raises for what it finds, see `Preflight.raise_if_bad`.
 
-    `out` is the folder to be written (its disk is checked), `dtype` the stored dtype (default: as the pivot).
+    `out` is the folder to be written (its disk is checked), `dtype` the stored dtype (default: as the pivot), `method` the
+    name of the merge method; `in_memory` says that the result is kept in memory.
     """
     names = mergeable_names(pivot)
-    findings = list(_count(pivot, targets))
+    findings = list(_count(pivot, targets, METHODS[method].measured))
     for target in targets:
         found = [*_shapes(pivot, target), *_vocabulary(pivot, target), *_rest(pivot, target)]
         findings += found or [Finding("good", target.name, "ready", "Same shape and vocabulary as the pivot.")]
     read = sum(model.info[name].nbytes for model in (pivot, *targets) for name in names if name in model.info)
     written = output_bytes(pivot, dtype)
-    free = shutil.disk_usage(_existing(Path(out) if out else Path.cwd())).free
-    findings += _output(out, written, free)
-    memory = _RUNTIME_BYTES + 2 * (len(targets) + 4) * _BLOCK_BYTES * 2
+    free = shutil.disk_usage(_existing(Path(out) if out else Path.cwd())).free + (reclaimable_bytes(out) if out else 0)
+    memory = peak_memory_bytes(pivot, len(targets), read) + (written if in_memory else 0)
+    findings += [*_output(out, written, free), *_memory(memory, available_memory_bytes())]
     return Preflight(tuple(facts(model, "pivot" if i == 0 else "target") for i, model in enumerate((pivot, *targets))),
                      tuple(findings), len(names), read, written, memory, free, (2 * read + written) / _PACE_BYTES_PER_S)
 
@@ -139,14 +146,41 @@ def output_bytes(pivot: Checkpoint, dtype: str | None) -> int:
     return sum(size(name) for name in pivot.info if name not in pivot.tied_copies)
 
 
-def _count(pivot: Checkpoint, targets: Sequence[Checkpoint]):
+def peak_memory_bytes(pivot: Checkpoint, targets: int, read_bytes: int) -> int:
+    """An upper bound of the anonymous memory that merging takes, by any method; it does not grow with the model.
+
+    Every thread holds one block of every model and what a method computes from it: at most 4 more float32 blocks per target
+    and 16 in all. A block has `BLOCK` elements, or one row where rows are longer.
+    """
+    row = max((tensor.shape[-1] for tensor in pivot.info.values() if tensor.shape), default=1)
+    block = min(max(BLOCK, row), max((tensor.numel for tensor in pivot.info.values()), default=1))
+    compiled = _COMPILED_BYTES if read_bytes >= _COMPILED_FROM_BYTES else 0
+    return _RUNTIME_BYTES + compiled + _THREADS * (5 * targets + 16) * block * 4
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that this process can still get without swapping, limits of its control group included; None where unknown."""
+    known = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        known.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    with contextlib.suppress(OSError, ValueError, KeyError):  # "max" is no number: then there is no limit
+        group = Path("/sys/fs/cgroup")
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        known.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + int(used["file"]))
+    return max(0, min(known)) if known else None
+
+
+def _count(pivot: Checkpoint, targets: Sequence[Checkpoint], measured: bool):
     if not targets:
         yield Finding("bad", "", "targets", "There is no target to merge. Give at least one.", kind=RecipeError)
     seen = {pivot.folder.resolve(): pivot.name}
     names = {pivot.name}
     for target in targets:
         folder = target.folder.resolve()
-        if folder in seen:
+        if folder == pivot.folder.resolve() and not measured:
+            yield Finding("warning", target.name, "duplicate", "The pivot is also a target: it counts as one of the models.")
+        elif folder in seen:
             text = f"The same folder is given twice ({seen[folder]} and {target.name}). Leave one out."
             yield Finding("bad", target.name, "duplicate", text, kind=RecipeError)
         elif target.name in names:
@@ -201,7 +235,8 @@ def _vocabulary(pivot: Checkpoint, target: Checkpoint):
         odd = next((token for token, number in theirs.items() if mine.get(token) != number), None)
         odd = odd if odd is not None else next(token for token in mine if token not in theirs)
         yield Finding("bad", target.name, "vocabulary", f"Its vocabulary differs from the pivot's ({len(theirs)} and "
-                      f"{len(mine)} tokens; the first difference is {odd!r}). {FUSE_FIRST}")
+                      f"{len(mine)} tokens; the first difference is {odd!r}). Rebuild the embeddings with the setting `vocabulary` "
+                      f"(pivot, common or union). {FUSE_FIRST}")
 
 
 def _rest(pivot: Checkpoint, target: Checkpoint):
@@ -228,6 +263,12 @@ def _output(out: str | os.PathLike | None, written: int, free: int):
     if out is not None and written * 1.02 > free:
         text = f"The result needs {bytes_text(written)}, the disk of {out} has {bytes_text(free)} free."
         yield Finding("bad", "", "disk", f"{text} Free some space or choose another disk.", kind=ResourceError)
+
+
+def _memory(needed: int, available: int | None):
+    if available is not None and needed > available:
+        yield Finding("bad", "", "memory", f"The work needs {bytes_text(needed)} of memory, {bytes_text(available)} are free. "
+                      "Close other programs, or merge into a folder instead of memory.", kind=ResourceError)
 
 
 def _existing(path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections import namedtuple
 
 import numpy as np
@@ -12,8 +13,8 @@ import pytest
 
 from fusion.checkpoint import Checkpoint
 from fusion.errors import MismatchError, OutputError, RecipeError, ResourceError
-from fusion.preflight import mergeable_names, preflight
-from tests.conftest import save_checkpoint, save_family, tiny_tokenizer
+from fusion.preflight import available_memory_bytes, mergeable_names, peak_memory_bytes, preflight
+from tests.conftest import save_checkpoint, save_family, save_raw, tiny_tokenizer
 
 EMBED, UP, NORM, HEAD = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"
 TENSORS = {EMBED: np.ones((3, 2), np.float32), UP: np.ones((4, 2), np.float32), NORM: np.ones(2, np.float32),
@@ -168,3 +169,44 @@ def test_an_odd_output_path_does_not_break_it(pair, out):
 def test_the_report_is_plain_json(pair):
     pivot, target = pair()
     assert json.loads(json.dumps(preflight(pivot, [target]).to_dict(), allow_nan=False))["models"][0]["name"] == "pivot"
+
+
+# ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_too_little_memory_is_refused_with_both_sizes(pair, monkeypatch):
+    pivot, target = pair()
+    monkeypatch.setattr(sys.modules["fusion.preflight"], "available_memory_bytes", lambda: 50_000_000)
+    with pytest.raises(ResourceError, match=r"needs \d+ MB of memory, 50 MB are free"):
+        preflight(pivot, [target]).raise_if_bad()
+
+
+def test_a_result_that_is_kept_in_memory_counts(pair, monkeypatch):
+    pivot, target = pair()
+    merging = preflight(pivot, [target]).peak_memory_bytes
+    assert preflight(pivot, [target], in_memory=True).peak_memory_bytes == merging + 88
+    assert preflight(pivot, [target], in_memory=True, dtype="bfloat16").peak_memory_bytes == merging + 44
+    monkeypatch.setattr(sys.modules["fusion.preflight"], "available_memory_bytes", lambda: merging + 87)
+    assert preflight(pivot, [target]).level != "bad" and preflight(pivot, [target], in_memory=True).level == "bad"
+
+
+def test_memory_grows_with_blocks_and_targets_not_with_the_model(tmp_path):
+    def needed(rows: int, columns: int, targets: int) -> int:
+        header = {"w": {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, 2 * rows * columns]}}
+        folder = save_raw(tmp_path / f"{rows}-{columns}", header, bytes(2 * rows * columns))
+        return peak_memory_bytes(Checkpoint(folder), targets, 0)
+    assert needed(4096, 64, 2) == needed(8192, 64, 2) < needed(8192, 64, 3)
+    assert needed(2, 200_000, 2) > needed(8192, 64, 2)
+
+
+def test_the_machine_says_how_much_memory_is_free():
+    assert 1e8 < available_memory_bytes() < 1e15
+
+
+# ── the pivot among the targets ──────────────────────────────────────────────────────────────────────────────────────
+
+def test_the_pivot_may_be_a_target_of_methods_that_do_not_measure(pair):
+    pivot, target = pair()
+    again = Checkpoint(pivot.folder, "again")
+    report = preflight(pivot, [target, again], method="linear")
+    assert report.level == "warning" and "counts as one of the models" in report.of("again")[0].text
+    assert preflight(pivot, [target, again], method="varm").level == "bad"
