@@ -4,7 +4,7 @@
     pivot.info["model.norm.weight"].shape          # no weight is read
     pivot["model.norm.weight"]                     # one tensor, float32
 
-Reading goes through `pread` into small buffers, not through a memory map: a file that shrinks under a map kills the process.
+Where the bytes lie is `files`, what they mean is `dtypes` and `quantised`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,31 +21,32 @@ import numpy as np
 from fusion import dtypes
 from fusion.anatomy import place
 from fusion.errors import CheckpointError, nearest
-from fusion.header import TensorInfo, read_header
+from fusion.files import Files, list_tensors, read_json
+from fusion.header import TensorInfo
 from fusion.quantised import decode, dequantised, plain_config, read_scale
-
-INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint(Mapping[str, np.ndarray]):
     """A folder with config, tokenizer and safetensors weights; `checkpoint[name]` is the tensor in float32.
 
-    `name` is what people see (default: the folder's name). CheckpointError when the folder cannot be a checkpoint: no
-    config, no safetensors, a missing or broken shard, quantised weights.
+    `name` is what people see (default: the folder's name), `weights` the folder of the safetensors where that is another
+    one, `revision` the commit that was downloaded. CheckpointError when the folder cannot be a checkpoint: no config, no
+    safetensors, a missing or broken shard, quantised weights.
     """
 
-    def __init__(self, folder: str | os.PathLike, name: str | None = None):
+    def __init__(self, folder: str | os.PathLike, name: str | None = None, *, weights: Path | None = None, revision: str = ""):
         self.folder = Path(folder)
         if not os.path.isdir(self.folder):
             raise CheckpointError("there is no such folder", where=str(folder), todo="Give the folder that holds config.json.")
         self.name = name or self.folder.resolve().name
-        config = self._json("config.json", required=True)
-        self._stored = self._tensors()
+        self.revision = revision
+        config = self._config()
+        self._stored = list_tensors(weights or self.folder)
         self.info, self._fp8 = dequantised(self._stored, config, str(self.folder))
         self.config = plain_config(config) if self._fp8 else config
         self._refuse_whole_numbers()
         self._scales: dict[str, np.ndarray | None] = {}
-        self._files = _Files()
+        self._files = Files()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.info)
@@ -76,14 +76,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     def raw(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """The stored bytes of the flat elements start … stop of a tensor."""
-        tensor = self._stored[name]
-        item = dtypes.ITEM_BYTES[tensor.dtype]
-        stop = tensor.numel if stop is None else stop
-        data = self._files.read(tensor.file, tensor.start + start * item, (stop - start) * item)
-        if len(data) != (stop - start) * item:
-            raise CheckpointError("the file became shorter while it was read", where=f"{self.name}: {tensor.file.name}",
-                                  todo="Do not change a checkpoint while it is merged.")
-        return data
+        return self._files.tensor(self._stored[name], start, stop)
 
     def _scale(self, name: str) -> np.ndarray | None:
         if name not in self._scales:
@@ -167,7 +160,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
     @cached_property
     def vocabulary(self) -> Mapping[str, int] | None:
         """Token → id of the tokenizer, added tokens included; None when there is no tokenizer.json."""
-        tokenizer = self._json("tokenizer.json")
+        tokenizer = read_json(self.file("tokenizer.json"))
         if not isinstance(tokenizer.get("model"), dict):
             return None
         vocab = tokenizer["model"].get("vocab")
@@ -181,10 +174,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
     @cached_property
     def chat_template(self) -> str | None:
         """The tokenizer's own chat template, or None."""
-        file = self.folder / "chat_template.jinja"
+        file = self.file("chat_template.jinja")
         if file.is_file():
             return file.read_text(encoding="utf-8", errors="replace")
-        template = self._json("tokenizer_config.json").get("chat_template")
+        template = read_json(self.file("tokenizer_config.json")).get("chat_template")
         return template if isinstance(template, str) else None
 
     @cached_property
@@ -208,70 +201,19 @@ class Checkpoint(Mapping[str, np.ndarray]):
         files = sorted({tensor.file for tensor in self._stored.values()})
         return repr([(str(file.resolve()), (stat := os.stat(file)).st_size, stat.st_mtime_ns, stat.st_ino) for file in files])
 
+    def file(self, name: str) -> Path:
+        """Where a small file beside the weights lies, such as tokenizer.json, if there is one."""
+        return self.folder / name
+
     @property
     def _text_config(self) -> dict:
         inner = self.config.get("text_config")
         return inner if isinstance(inner, dict) else {}
 
-    def _json(self, file: str, required: bool = False) -> dict:
-        path = self.folder / file
-        if not path.is_file():
-            if required:
-                raise CheckpointError(f"there is no {file}", where=str(self.folder),
-                                      todo="Give the folder of a transformers model.")
-            return {}
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file} is not valid JSON ({error})", where=str(self.folder)) from error
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{file} is not a JSON object", where=str(self.folder))
-        return value
-
-    def _tensors(self) -> dict[str, TensorInfo]:
-        promised = self._index()
-        files = sorted(set(promised.values())) if promised else self._single_file()
-        info: dict[str, TensorInfo] = {}
-        for file in files:
-            if not os.path.isfile(self.folder / file):
-                raise CheckpointError(f"the index names {file}, which is missing", where=str(self.folder),
-                                      todo="Download the missing shard.")
-            for tensor in read_header(self.folder / file):
-                if tensor.name in info:
-                    raise CheckpointError(f"{tensor.name} is stored in two shards", where=str(self.folder))
-                info[tensor.name] = tensor
-        lost = next((name for name, file in promised.items() if name not in info or info[name].file.name != file), None)
-        if lost is not None:
-            raise CheckpointError(f"the index places {lost} in {promised[lost]}, but it is not there", where=str(self.folder),
-                                  todo="The index belongs to other shards; download both again.")
-        if not info:
-            raise CheckpointError("there is no tensor in it", where=str(self.folder))
-        return info
-
-    def _index(self) -> dict[str, str]:
-        index = self._json(INDEX)
-        weight_map = index.get("weight_map") if index else {}
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise CheckpointError(f"{INDEX} has no valid weight_map", where=str(self.folder))
-        odd = next((file for file in weight_map.values() if Path(file).name != file or file.startswith(".")), None)
-        if odd is not None:
-            raise CheckpointError(f"the index names {odd!r}, which is not a plain file name", where=str(self.folder))
-        return weight_map
-
-    def _single_file(self) -> list[str]:
-        found = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        if "model.safetensors" in found:
-            return ["model.safetensors"]
-        if len(found) == 1 and not found[0].startswith("adapter"):
-            return found
-        if found:
-            raise CheckpointError(f"{len(found)} safetensors files without {INDEX}", where=str(self.folder),
-                                  todo="Add the index that belongs to the shards.")
-        pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if pickles:
-            raise CheckpointError(f"only pickle weights ({pickles[0]}), which can run code when loaded", where=str(self.folder),
-                                  todo="Convert it once with save_pretrained(safe_serialization=True).")
-        raise CheckpointError("there are no safetensors weights", where=str(self.folder))
+    def _config(self) -> dict:
+        if (self.folder / "config.json").is_file():
+            return read_json(self.folder / "config.json")
+        raise CheckpointError("there is no config.json", where=str(self.folder), todo="Give the folder of a transformers model.")
 
     def _refuse_whole_numbers(self) -> None:
         if self.dtype not in dtypes.FLOATS:
@@ -283,33 +225,3 @@ class Checkpoint(Mapping[str, np.ndarray]):
         if name not in self.info:
             raise CheckpointError(f"there is no tensor {name!r}", where=self.name, todo=nearest(name, self.info))
         return self.info[name]
-
-
-class _Files:
-    """Open files by path, shared by reading threads: `pread` carries its own offset."""
-
-    def __init__(self):
-        self._open: dict[Path, int] = {}
-        self._lock = threading.Lock()
-
-    def read(self, path: Path, start: int, nbytes: int) -> bytes:
-        try:
-            with self._lock:
-                if path not in self._open:
-                    self._open[path] = os.open(path, os.O_RDONLY)
-                descriptor = self._open[path]
-            data = os.pread(descriptor, nbytes, start)
-            while len(data) < nbytes and (more := os.pread(descriptor, nbytes - len(data), start + len(data))):
-                data += more  # one call returns at most 2 GiB
-            return data
-        except OSError as error:
-            raise CheckpointError(f"cannot be read ({error.strerror})", where=str(path)) from error
-
-    def close(self) -> None:
-        with self._lock:
-            for descriptor in self._open.values():
-                os.close(descriptor)
-            self._open.clear()
-
-    def __del__(self):
-        self.close()

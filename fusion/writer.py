@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fusion.checkpoint import INDEX
 from fusion.errors import OutputError
+from fusion.files import INDEX
 from fusion.journal import Journal, sync_folder
 from fusion.shards import MAX_SHARD_BYTES, Shard, disk_error, plan_shards
 

@@ -1,0 +1,123 @@
+"""The safetensors files of a folder: found by their index or alone, read in pieces by any number of threads.
+
+Reading goes through `pread` into small buffers, not through a memory map: a file that shrinks under a map kills the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+from fusion.dtypes import ITEM_BYTES
+from fusion.errors import CheckpointError
+from fusion.header import TensorInfo, read_header
+
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, {} when there is none; CheckpointError when it is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} is not valid JSON ({error})", where=str(path.parent)) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} is not a JSON object", where=str(path.parent))
+    return value
+
+
+def list_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Name → header entry of every tensor stored in a folder; CheckpointError when shards are missing, broken or doubtful."""
+    promised = read_index(folder / INDEX)
+    files = sorted(set(promised.values())) if promised else _single_file(folder)
+    info: dict[str, TensorInfo] = {}
+    for file in files:
+        if not os.path.isfile(folder / file):
+            raise CheckpointError(f"the index names {file}, which is missing", where=str(folder),
+                                  todo="Download the missing shard.")
+        for tensor in read_header(folder / file):
+            if tensor.name in info:
+                raise CheckpointError(f"{tensor.name} is stored in two shards", where=str(folder))
+            info[tensor.name] = tensor
+    lost = next((name for name, file in promised.items() if name not in info or info[name].file.name != file), None)
+    if lost is not None:
+        raise CheckpointError(f"the index places {lost} in {promised[lost]}, but it is not there", where=str(folder),
+                              todo="The index belongs to other shards; download both again.")
+    if not info:
+        raise CheckpointError("there is no tensor in it", where=str(folder))
+    return info
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name → file name as an index says, {} when there is none; no file name leads out of the folder."""
+    index = read_json(path)
+    weight_map = index.get("weight_map") if index else {}
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path.name} has no valid weight_map", where=str(path.parent))
+    odd = next((file for file in weight_map.values() if Path(file).name != file or file.startswith(".")), None)
+    if odd is not None:
+        raise CheckpointError(f"the index names {odd!r}, which is not a plain file name", where=str(path.parent))
+    return weight_map
+
+
+def _single_file(folder: Path) -> list[str]:
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if "model.safetensors" in found:
+        return ["model.safetensors"]
+    if len(found) == 1 and not found[0].startswith("adapter"):
+        return found
+    if found:
+        raise CheckpointError(f"{len(found)} safetensors files without {INDEX}", where=str(folder),
+                              todo="Add the index that belongs to the shards.")
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(f"only pickle weights ({pickles[0]}), which can run code when loaded", where=str(folder),
+                              todo="Open it by its path with `open_checkpoint`, which converts pickles safely.")
+    raise CheckpointError("there are no safetensors weights", where=str(folder))
+
+
+class Files:
+    """Open files by path, shared by reading threads: `pread` carries its own offset."""
+
+    def __init__(self):
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def tensor(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> bytes:
+        """The stored bytes of the flat elements start … stop of a tensor; CheckpointError when the file is shorter."""
+        item = ITEM_BYTES[tensor.dtype]
+        stop = tensor.numel if stop is None else stop
+        data = self.read(tensor.file, tensor.start + start * item, (stop - start) * item)
+        if len(data) != (stop - start) * item:
+            raise CheckpointError("the file became shorter while it was read", where=str(tensor.file),
+                                  todo="Do not change a checkpoint while it is merged.")
+        return data
+
+    def read(self, path: Path, start: int, nbytes: int) -> bytes:
+        """Up to `nbytes` bytes of a file from `start` on."""
+        try:
+            with self._lock:
+                if path not in self._open:
+                    self._open[path] = os.open(path, os.O_RDONLY)
+                descriptor = self._open[path]
+            data = os.pread(descriptor, nbytes, start)
+            while len(data) < nbytes and (more := os.pread(descriptor, nbytes - len(data), start + len(data))):
+                data += more  # one call returns at most 2 GiB
+            return data
+        except OSError as error:
+            raise CheckpointError(f"cannot be read ({error.strerror})", where=str(path)) from error
+
+    def close(self) -> None:
+        """Close every file; the next read opens it again."""
+        with self._lock:
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._open.clear()
+
+    def __del__(self):
+        self.close()
