@@ -78,7 +78,7 @@ def test_a_broken_checkpoint_is_refused_before_any_work(folders, what, words, br
     ({"overrides": (Override("model.layers.0.mlp.up.weight", {"a": 1}),)}, f"Did you mean '{UP}'?"),
     ({"granularity": "matrices"}, "Did you mean 'matrix'?"), ({"method": "var"}, "Did you mean 'varm'?"),
     ({"dtype": "bfloat61"}, "Did you mean 'bfloat16'?"), ({"donor": "c"}, "donor: unknown 'c'"),
-    ({"weights": (1, 2)}, "varm measures its weights")])
+    ({"weights": (1, 2, 3)}, "3 numbers for 2 targets")])
 def test_a_recipe_that_does_not_fit_is_refused_before_any_work(folders, monkeypatch, options, words):
     monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("a weight was read"))
     stopped(folders, RecipeError, words, **options)

@@ -52,7 +52,8 @@ def test_a_linear_recipe_keeps_its_numbers():
     recipe = Recipe("pivot", ("a", "b"), method="linear", weights=(1, 2.5))
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
     assert "granularity" not in recipe.to_yaml()
-    assert Recipe.from_yaml(Recipe("pivot", ("a", "b"), method="linear").to_yaml()).weights == (1, 1)
+    silent = Recipe("pivot", ("a", "b"), method="linear")
+    assert "weights" not in silent.to_yaml() and Recipe.from_yaml(silent.to_yaml()) == silent
 
 
 def test_targets_are_called_by_the_shortest_end_that_tells_them_apart():
@@ -64,11 +65,12 @@ def test_targets_are_called_by_the_shortest_end_that_tells_them_apart():
 def test_several_problems_are_told_at_once():
     text = problem("fusechat: 2\npivot: 5\ntargets: []\ngranularty: layer\nweights: x\noverrides: [1]\nexclude: 7\n"
                    "allow_nonfinite: 1\nrevisions: [a]\n")
-    assert text.startswith("recipe, 8 problems")
-    for words in ("the version is 2, this program reads 1", "pivot: 5 should be text",
-                  "granularty: unknown setting. Did you mean 'granularity'", "weights: should be a list of numbers",
-                  "overrides: every entry needs",
-                  "exclude: should be a list of patterns", "allow_nonfinite: 1 should be true or false", "revisions: should map"):
+    assert text.startswith("recipe, 9 problems")
+    assert "line 3: targets: there is none" in text
+    for words in ("line 1: fusechat: the version is 2, this program reads 1", "line 2: pivot: 5 should be text",
+                  "line 4: granularty: unknown setting. Did you mean 'granularity'", "line 5: weights: should be a list",
+                  "line 6: overrides: every entry needs", "line 7: exclude: should be a list of patterns",
+                  "line 8: allow_nonfinite: 1 should be true or false", "line 9: revisions: should be a table"):
         assert words in text
     text = problem(PLAIN + "method: vram\ngranularity: matrx\nmeasure: squre\ndtype: bfloat\ndonor: c\n")
     assert text.startswith("recipe, 5 problems")
@@ -78,15 +80,15 @@ def test_several_problems_are_told_at_once():
 @pytest.mark.parametrize(("text", "words"), [
     ("", "a recipe is a table of settings"), ("- a", "a recipe is a table"), ("a: [", "not valid YAML"),
     ("a: &x [1]\nb: *x", "aliases are not allowed"), ("a: 1\nb: 2\na: 3", "'a' is given twice"),
-    (PLAIN + "revisions: {x: a, x: b}", "'x' is given twice"), ("a: !!python/object:os.system {}", "not valid YAML"),
-    ("a: !!int ''", "not valid YAML"), ("a: !!bool x", "not valid YAML"), ("a: !!timestamp x", "not valid YAML"),
-    ("a: 2020-13-45", "not valid YAML"), ("[" * 20_000, "not valid YAML"), ("? [1]\n: 2", "not valid YAML"),
-    ("a: 0x" + "f" * 9000, "a number of 9002 digits"), ("a: 1" + "0" * 9000, "a number of 9001 digits"),
+    (PLAIN + "revisions: {x: a, x: b}", "'x' is given twice"), ("a: !!python/object:os.system {}", "os.system is not allowed"),
+    ("a: !!int ''", "2002:int is not allowed"), ("a: !!bool x", "2002:bool is not allowed"), ("a: ! x", "the tag ! is not allowed"),
+    ("a: 2020-13-45", "a: unknown setting"), ("[" * 20_000, "nested too deeply"), ("? [1]\n: 2", "a key must be a word"),
+    ("a: 1" + "0" * 9000, "a number of 9001 digits"),
     ("\0", "not valid YAML"), ("a" * 4_000_001, "longer than 4 MB"), ("pivot: x", "the version is None"),
-    (PLAIN + "weights: [1, 1]", "weights: varm measures its weights"),
     (LINEAR + "weights: [1]", "1 numbers for 2 targets"), (LINEAR + "weights: [1, -1]", "a sum above 0"),
-    (LINEAR + "weights: [.nan, 1]", "list of numbers"), (LINEAR + "weights: [true, 1]", "list of numbers"),
-    (LINEAR + "weights: [1.0e+308, 1.0e+308]", "list of numbers"), (LINEAR + "weights: a", "list of numbers"),
+    (LINEAR + "weights: [.nan, 1]", "weights: a: nan should be a finite number"),
+    (LINEAR + "weights: [1, true]", "weights: b: True should be a finite number"),
+    (LINEAR + "weights: [1.0e+308, 1.0e+308]", "1e+308 should be"), (LINEAR + "weights: a", "should be a list"),
     (PLAIN + "overrides: [{tensors: '*', weights: {c: 1}}]", "unknown target 'c'"),
     (PLAIN + "overrides: [{tensors: '*', weights: {a: 1.5}}]", "a number from 0 to 1"),
     (PLAIN + "overrides: [{tensors: '*', weights: {a: x}}]", "a number from 0 to 1"),
