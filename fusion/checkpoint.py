@@ -78,6 +78,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
         """The stored bytes of the flat elements start … stop of a tensor."""
         return self._files.tensor(self._stored[name], start, stop)
 
+    def raw_into(self, name: str, start: int, stop: int, out: np.ndarray) -> np.ndarray:
+        """As `raw`, read into the first bytes of `out` (uint8) instead of new memory; returns that part of it."""
+        return self._files.tensor_into(self._stored[name], start, stop, out)
+
     def _scale(self, name: str) -> np.ndarray | None:
         if name not in self._scales:
             self._scales[name] = read_scale(self._fp8[name], lambda tensor: self.raw(tensor.name))

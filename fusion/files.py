@@ -10,6 +10,8 @@ import os
 import threading
 from pathlib import Path
 
+import numpy as np
+
 from fusion.dtypes import ITEM_BYTES
 from fusion.errors import CheckpointError
 from fusion.header import TensorInfo, read_header
@@ -101,16 +103,35 @@ class Files:
     def read(self, path: Path, start: int, nbytes: int) -> bytes:
         """Up to `nbytes` bytes of a file from `start` on."""
         try:
-            with self._lock:
-                if path not in self._open:
-                    self._open[path] = os.open(path, os.O_RDONLY)
-                descriptor = self._open[path]
+            descriptor = self._descriptor(path)
             data = os.pread(descriptor, nbytes, start)
             while len(data) < nbytes and (more := os.pread(descriptor, nbytes - len(data), start + len(data))):
                 data += more  # one call returns at most 2 GiB
             return data
         except OSError as error:
             raise CheckpointError(f"cannot be read ({error.strerror})", where=str(path)) from error
+
+    def tensor_into(self, tensor: TensorInfo, start: int, stop: int, out: np.ndarray) -> np.ndarray:
+        """As `tensor`, into the first bytes of `out` (uint8); returns that part of it. Nothing is allocated."""
+        item = ITEM_BYTES[tensor.dtype]
+        at, part = tensor.start + start * item, out[:(stop - start) * item]
+        left = memoryview(part)
+        try:
+            descriptor = self._descriptor(tensor.file)
+            while len(left) and (n := os.preadv(descriptor, [left], at)):
+                left, at = left[n:], at + n
+        except OSError as error:
+            raise CheckpointError(f"cannot be read ({error.strerror})", where=str(tensor.file)) from error
+        if len(left):
+            raise CheckpointError("the file became shorter while it was read", where=str(tensor.file),
+                                  todo="Do not change a checkpoint while it is merged.")
+        return part
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY)
+            return self._open[path]
 
     def close(self) -> None:
         """Close every file; the next read opens it again."""

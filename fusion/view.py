@@ -29,6 +29,10 @@ class View(Checkpoint):
         """See Checkpoint."""
         return self.model.raw(name, start, stop)
 
+    def raw_into(self, name: str, start: int, stop: int, out: np.ndarray) -> np.ndarray:
+        """See Checkpoint."""
+        return self.model.raw_into(name, start, stop, out)
+
     def plain(self, name: str) -> bool:
         """See Checkpoint."""
         return self.model.plain(name)

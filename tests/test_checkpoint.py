@@ -99,6 +99,21 @@ def test_reading_opens_a_file_once_and_close_closes_it(tmp_path):
     assert open_files() == before
 
 
+@pytest.mark.parametrize("piece", [3, 10**9])
+def test_bytes_can_be_read_into_memory_that_is_there_already(tmp_path, monkeypatch, piece):
+    """However few bytes one call of the system gives."""
+    model, name = Checkpoint(save_checkpoint(tmp_path / "m", TENSORS, shards=2)), "model.embed_tokens.weight"
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, parts, at: preadv(file, [parts[0][:piece]], at))
+    buffer = np.full(40, 255, np.uint8)
+    part = model.raw_into(name, 2, 5, buffer)
+    assert part.tobytes() == model.raw(name, 2, 5) and np.shares_memory(part, buffer)
+    assert (buffer[12:] == 255).all()
+    os.truncate(model.info[name].file, model.info[name].start + 19)
+    with pytest.raises(CheckpointError, match="became shorter"):
+        model.raw_into(name, 2, 5, buffer)
+
+
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     model = Checkpoint(save_checkpoint(tmp_path / "m", TENSORS))
     file = model.folder / "model.safetensors"
