@@ -17,7 +17,7 @@ LEVELS = (  # from the roof down: a module imports lower rows, and in its own ro
     ("chat", "merge", "live", "verify", "cluster", "review", "compare", "train", "arena", "evaluate", "demo"),
     ("settings", "recipe_yaml", "recipe_rules", "recipe", "mergekit", "weights", "plan", "card", "distill"),
     ("preflight", "variation", "inspection", "writer"),
-    ("compiled", "dtypes", "header", "journal", "shards", "anatomy", "quantised", "checkpoint", "digest", "view", "pickles",
+    ("compiled", "dtypes", "header", "journal", "shards", "anatomy", "files", "quantised", "checkpoint", "digest", "view", "pickles",
      "adapters", "hub", "sources", "vocabulary", "tables", "documents", "methods", "align"),
     ("errors", "progress", "version"),
 )
