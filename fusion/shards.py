@@ -44,7 +44,7 @@ class Shard:
 
     def open(self) -> None:
         """Make the file, empty and of its full size: a disk that is too small is found out now, not at the end."""
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._file, 0, self.nbytes)
 
