@@ -1,0 +1,136 @@
+"""Teacher passes: what a model expects at every label of every dialogue, read off once and kept.
+
+    store = finish(represent(LocalTeacher("source-qwen"), dialogues, "work/source-qwen", top_k=10))
+
+A teacher is a `transformers` model here, or a running server that returns log-probabilities of prompt tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from fusion.distill.dialogues import Dialogue
+from fusion.distill.encoding import Encoded, Encoder
+from fusion.distill.store import Rows, Store, data_digest
+from fusion.errors import CheckpointError
+from fusion.progress import Meter, Work
+from fusion.sources import open_checkpoint
+
+SHARD_DIALOGUES = 256
+BATCH_TOKENS = 8192
+
+
+class Teacher(Protocol):
+    """Anything that says what it expects: `encoder` cuts dialogues into its tokens, `mark` tells it from other teachers."""
+
+    encoder: Encoder
+    mark: str
+
+    def rows(self, batch: Sequence[Encoded], top_k: int) -> list[Rows]:
+        """The distributions at the labels of some dialogues of similar length."""
+
+
+class LocalTeacher:
+    """A causal model that transformers loads: a folder, "folder+adapter" or a Hub id.
+
+    `dtype` "auto" (as stored), "float32", "bfloat16" …; `device` "auto" takes a GPU when there is one; `template` shared by
+    all models, None = the model's own.
+    """
+
+    def __init__(self, source: str, *, template: str | None = None, max_tokens: int | None = None, dtype: str = "auto",
+                 device: str = "auto"):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        checkpoint = open_checkpoint(source)
+        self.mark = checkpoint.fingerprint
+        folder = checkpoint.folder
+        checkpoint.close()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"transformers cannot load it ({str(error)[:300]})", where=source) from error
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.model = model.to(self.device).eval()
+        self.encoder = Encoder(tokenizer, template, max_tokens or context_of(model.config))
+
+    def rows(self, batch: Sequence[Encoded], top_k: int) -> list[Rows]:
+        """See Teacher; padding stands on the right, where attention never looks."""
+        import torch
+
+        longest = max(len(encoded.ids) for encoded in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        for row, encoded in zip(ids, batch, strict=True):
+            row[:len(encoded.ids)] = torch.from_numpy(encoded.ids)
+        with torch.inference_mode():
+            hidden = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+            return [_top(hidden[i], encoded, top_k) for i, encoded in enumerate(batch)]
+
+
+def _top(logits, encoded: Encoded, top_k: int) -> Rows:
+    """Top-k of the positions that predict labels; float32 from here on."""
+    import torch
+
+    labels = torch.from_numpy(encoded.labels).to(logits.device)
+    picked = logits[labels - 1].float()
+    total = torch.logsumexp(picked, dim=1)
+    best = picked.topk(min(top_k, picked.shape[1]), dim=1)
+    gold = picked.gather(1, torch.from_numpy(encoded.targets).to(logits.device)[:, None])[:, 0]
+    return Rows(best.indices.cpu().numpy().astype(np.int32), (best.values - total[:, None]).cpu().numpy(),
+                total.cpu().numpy(), (total - gold).cpu().numpy())
+
+
+def context_of(config) -> int | None:
+    """How many tokens a model can read, from its config; None when it does not say."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def represent(teacher: Teacher, dialogues: Sequence[Dialogue], folder: str | os.PathLike, *, top_k: int = 10,
+              batch_tokens: int = BATCH_TOKENS, shard_dialogues: int = SHARD_DIALOGUES) -> Work[Store]:
+    """Read off a teacher's distributions at every label of every dialogue into `folder`; yields Progress, returns the Store.
+
+    A run that was stopped or killed continues at the first missing shard. Memory: one batch of about `batch_tokens` tokens
+    and its logits. Source: FuseLLM, arXiv 2401.10491; FuseChat, arXiv 2402.16107, section 3.2.
+    """
+    sizes = [min(shard_dialogues, len(dialogues) - start) for start in range(0, len(dialogues), shard_dialogues)]
+    texts = [message["content"] for dialogue in dialogues for message in dialogue.messages()]
+    store = Store(folder, {"teacher": teacher.mark, "data": data_digest(texts), "top_k": top_k,
+                           "template": teacher.encoder.template, "max_tokens": teacher.encoder.max_tokens}, sizes)
+    missing = store.missing()
+    meter = Meter("Reading off distributions", sum(sizes[shard] for shard in missing), "dialogues")
+    yield meter.step()
+    for shard in missing:
+        encoded = [teacher.encoder.encode(dialogues[number]) for number in store.dialogues(shard)]
+        found: dict[int, Rows] = {}
+        for batch in batches([len(its.ids) for its in encoded], batch_tokens):
+            rows = teacher.rows([encoded[i] for i in batch], top_k)
+            found.update(zip(batch, rows, strict=True))
+            yield meter.step(len(batch))
+        for i, row in found.items():
+            if not np.isfinite(row.nats).all():
+                raise CheckpointError("the teacher's losses are not finite", where=dialogues[store.dialogues(shard)[i]].origin,
+                                      todo="Load the teacher as float32, or leave this dialogue out.")
+        store.write(shard, [found[i] for i in range(len(encoded))])
+    return store
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Group indexes by length so that a batch, padded to its longest, holds at most `batch_tokens` tokens (at least one item)."""
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if group and lengths[i] * (len(group) + 1) > batch_tokens:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group

@@ -1,0 +1,197 @@
+"""Teacher passes, their store, and fused targets of the demo models, whose tokenizers differ."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from fusion import CheckpointError, RecipeError, demo
+from fusion.demo.dialogues import conversation
+from fusion.demo.family import RECIPES
+from fusion.distill.dialogues import Dialogue, Report, checked
+from fusion.distill.encoding import Encoded
+from fusion.distill.store import Rows, Store
+from fusion.distill.targets import Blend, Vocabulary, end_tokens, fuse_dialogue, link_labels, pair_counts, vocabulary_table
+from fusion.distill.teacher import LocalTeacher, batches, represent
+from fusion.progress import finish
+
+
+@pytest.fixture(scope="module")
+def dialogues():
+    rng = Random(5)
+    made = [checked({"messages": conversation(RECIPES["pivot"].mixture, rng)}, f"made {i}", Report()) for i in range(12)]
+    return [dialogue for dialogue in made if dialogue is not None]
+
+
+@pytest.fixture(scope="module")
+def teachers():
+    return {name: LocalTeacher(str(demo.FOLDER / name), dtype="float32") for name in ("pivot", "source-qwen", "source-neox")}
+
+
+@pytest.fixture(scope="module")
+def stores(dialogues, teachers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores")
+    return {name: list(finish(represent(teacher, dialogues, folder / name, shard_dialogues=5)))
+            for name, teacher in teachers.items()}
+
+
+# ── teachers and their store ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_rows_are_what_the_model_says(dialogues, teachers, stores):
+    teacher, dialogue = teachers["source-qwen"], dialogues[3]
+    encoded, rows = teacher.encoder.encode(dialogue), stores["source-qwen"][3]
+    with torch.inference_mode():
+        logits = teacher.model(torch.from_numpy(encoded.ids)[None]).logits[0].log_softmax(-1)
+    expected = logits[encoded.labels - 1]
+    assert rows.nats == pytest.approx(-expected.gather(1, torch.from_numpy(encoded.targets)[:, None])[:, 0].numpy(), abs=1e-4)
+    values, ids = expected.topk(10, dim=1)
+    assert (rows.ids == ids.numpy()).mean() > 0.99 and np.abs(rows.logprobs - values.numpy()).max() < 0.02
+
+
+def test_a_stopped_run_goes_on_at_the_first_missing_shard(dialogues, teachers, tmp_path, monkeypatch):
+    teacher = teachers["pivot"]
+    work = represent(teacher, dialogues, tmp_path / "a", shard_dialogues=4, batch_tokens=10)
+    while not (tmp_path / "a" / "rows-00000.safetensors").exists():
+        next(work)
+    work.close()
+    kept = (tmp_path / "a" / "rows-00000.safetensors").stat().st_mtime_ns
+    finish(represent(teacher, dialogues, tmp_path / "a", shard_dialogues=4))
+    assert (tmp_path / "a" / "rows-00000.safetensors").stat().st_mtime_ns == kept
+    whole = finish(represent(teacher, dialogues, tmp_path / "b", shard_dialogues=4))
+    assert len(list(whole)) == len(dialogues)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_another_plan_is_not_mixed_in(dialogues, teachers, tmp_path):
+    finish(represent(teachers["pivot"], dialogues[:2], tmp_path / "a"))
+    with pytest.raises(CheckpointError, match="another model, data or setting"):
+        finish(represent(teachers["pivot"], dialogues[:2], tmp_path / "a", top_k=5))
+    with pytest.raises(CheckpointError, match="another model, data or setting"):
+        finish(represent(teachers["source-qwen"], dialogues[:2], tmp_path / "a"))
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="not made by this program"):
+        finish(represent(teachers["pivot"], dialogues[:2], tmp_path / "c"))
+
+
+def test_a_broken_shard_is_named(tmp_path):
+    store = Store(tmp_path / "a", {}, [1])
+    store.write(0, [Rows(np.zeros((2, 1)), np.zeros((2, 1)), np.zeros(2), np.ones(2))])
+    assert store.read(0)[0].nats.tolist() == [1, 1] and not store.missing()
+    (tmp_path / "a" / "rows-00000.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="rows-00000"):
+        store.read(0)
+
+
+def test_batches_hold_their_tokens():
+    lengths = [3, 9, 1, 4, 20]
+    groups = list(batches(lengths, 10))
+    assert sorted(i for group in groups for i in group) == [0, 1, 2, 3, 4]
+    assert all(len(group) == 1 or max(lengths[i] for i in group) * len(group) <= 10 for group in groups)
+
+
+# ── alignment of labels ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_labels_that_correspond_have_read_the_same_text(dialogues, teachers):
+    pivot, source = teachers["pivot"].encoder, teachers["source-neox"].encoder
+    shares = []
+    for dialogue in dialogues:
+        mine, theirs = pivot.encode(dialogue), source.encode(dialogue)
+        link = link_labels(mine, theirs)
+        for i, j in enumerate(link.usable):
+            if j >= 0:
+                assert (mine.turn[i], mine.reached[i]) == (theirs.turn[j], theirs.reached[j])
+        shares.append((link.usable >= 0).mean())
+    assert np.mean(shares) > 0.5
+
+
+def test_warp_agrees_with_offsets_on_equal_texts(dialogues, teachers):
+    encoders = [teachers[name].encoder for name in ("pivot", "source-qwen")]
+    words = tuple(map(Vocabulary, encoders))
+    same = total = 0
+    for dialogue in dialogues:
+        mine, theirs = (encoder.encode(dialogue) for encoder in encoders)
+        exact, warped = link_labels(mine, theirs), link_labels(mine, theirs, words, "warp")
+        same += (exact.usable == warped.usable).sum()
+        total += len(exact)
+        assert exact.usable[0] == warped.usable[0] == 0
+    assert same / total > 0.9
+
+
+def test_a_model_aligned_with_itself_gives_itself(dialogues, teachers, stores):
+    encoder = teachers["pivot"].encoder
+    words = Vocabulary(encoder)
+    for dialogue, rows in zip(dialogues, stores["pivot"], strict=True):
+        encoded = encoder.encode(dialogue)
+        table = vocabulary_table(words, words, Blend(), set(rows.ids.ravel().tolist()), end_tokens(encoded, encoded))
+        fused = fuse_dialogue((encoded, rows), [(encoded, rows, table)], Blend(with_pivot=False))
+        assert (fused.links[0].usable == np.arange(len(encoded.labels))).all()
+        assert (fused.choice == 1).all() and fused.losses[0] == pytest.approx(fused.losses[1])
+
+
+# ── fused targets ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tables(teachers, stores, dialogues, blend: Blend, name: str):
+    encoders = teachers["pivot"].encoder, teachers[name].encoder
+    words = tuple(map(Vocabulary, encoders))
+    pairs = [tuple(encoder.encode(dialogue) for encoder in encoders) for dialogue in dialogues]
+    ends = {key: value for pair in pairs for key, value in end_tokens(*pair).items()}
+    seen = {int(i) for rows in stores[name] for i in rows.ids.ravel()}
+    return pairs, vocabulary_table(*words, blend, seen, ends, pair_counts(pairs, words)), words
+
+
+@pytest.mark.parametrize("blend", [
+    Blend(), Blend(level="turn"), Blend(level="token"), Blend(rule="avgce"), Blend(mapping="statistics"), Blend(mapping="mined"),
+    Blend(alignment="warp", mapping="fusechat", fallback="gold", per_character=False)], ids=lambda blend: f"{blend}"[6:60])
+def test_fused_targets_are_distributions(dialogues, teachers, stores, blend):
+    pairs, table, words = tables(teachers, stores, dialogues, blend.check(), "source-qwen")
+    chosen = set()
+    for (mine, theirs), own, rows in zip(pairs, stores["pivot"], stores["source-qwen"], strict=True):
+        fused = fuse_dialogue((mine, own), [(theirs, rows, table)], blend, [words])
+        total = fused.chances.sum(axis=1)
+        assert ((np.abs(total - 1) < 1e-4) | (total == 0)).all() and len(total) == len(mine.labels)
+        assert (total > 0).all() or blend.fallback == "gold"
+        chosen |= set(fused.choice.tolist())
+    assert chosen == {0, 1}  # each model is better somewhere
+
+
+def test_mince_follows_the_losses(dialogues, teachers, stores):
+    pairs, table, _ = tables(teachers, stores, dialogues, Blend(), "source-qwen")
+    for (mine, theirs), own, rows in zip(pairs, stores["pivot"], stores["source-qwen"], strict=True):
+        fused = fuse_dialogue((mine, own), [(theirs, rows, table)], Blend())
+        better = int(rows.nats.sum() < own.nats.sum())  # the same characters in both
+        usable = (fused.links[0].usable >= 0) & (table[rows.ids[np.maximum(fused.links[0].usable, 0)]] >= 0).any(axis=1)
+        assert (fused.choice[usable] == better).all() and (fused.choice[~usable] == 0).all()
+
+
+def test_token_losses_add_up_to_the_reply():
+    """The pivot reads "going" in one token, the source in two: its loss there is the sum of both."""
+    def encoded(reached, ends) -> Encoded:
+        count = len(reached)
+        return Encoded("", np.arange(count + 1), np.arange(1, count + 1), np.zeros(count, np.int32), np.array(reached),
+                       np.array(ends, bool))
+
+    pivot, source = encoded([0, 2, 8], [0, 0, 1]), encoded([0, 2, 5, 8], [0, 0, 0, 1])
+    rows = Rows(np.zeros((4, 1), np.int32), np.zeros((4, 1)), np.zeros(4), np.array([1.0, 2.0, 4.0, 8.0]))
+    own = Rows(np.zeros((3, 1), np.int32), np.zeros((3, 1)), np.zeros(3), np.array([1.0, 6.5, 8.0]))
+    fused = fuse_dialogue((pivot, own), [(source, rows, np.array([3]))], Blend(level="token"))
+    assert fused.choice.tolist() == [0, 1, 0]  # equal, 6 < 6.5, equal: the first of equals
+    assert fused.links[0].usable.tolist() == [0, 1, 3]
+    assert fused.losses[:, 0] == pytest.approx([15.5 / 9, 15 / 9])
+
+
+def test_unknown_words_are_refused():
+    with pytest.raises(RecipeError, match="mince"):
+        Blend(rule="minse").check()
+
+
+def test_a_teacher_that_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(CheckpointError):
+        LocalTeacher(str(tmp_path / "nothing"))
+    assert Dialogue((("a", "b"),)).messages()
