@@ -132,5 +132,5 @@ def test_a_method_changes_nothing_but_its_result(call):
 
 
 def test_the_table_describes_every_method():
-    assert set(METHODS) == {"varm", "linear"} and METHODS["varm"].measured and not METHODS["linear"].measured
+    assert len(METHODS) == 19 and METHODS["varm"].measured and not METHODS["linear"].measured
     assert all(name == method.name and method.title and method.formula and method.source for name, method in METHODS.items())

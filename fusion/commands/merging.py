@@ -1,4 +1,4 @@
-"""merge and methods: run a recipe, and list what a recipe can ask for."""
+"""merge: run a recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ def add(command) -> None:
     run.add_argument("--dtype", metavar="D", help="stored dtype: bfloat16, float16, float32 (default: as the pivot)")
     run.add_argument("--donor", metavar="NAME", help="gives tokenizer, chat template, generation config (default: pivot)")
     run.add_argument("--max-shard-gb", metavar="GB", type=float, default=5.0, help="largest shard (default 5)")
-    command("methods", _methods, "List the merge methods with their formulas.")
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -71,11 +70,3 @@ def _override(text: str) -> Override:
     if not colon or not weights or "" in weights:
         raise RecipeError(f"{text!r} is no override", where="--override", todo="Write it like model.layers.0.*:target-a=0.7.")
     return Override(pattern, weights)
-
-
-def _methods(options: argparse.Namespace) -> None:
-    if options.json:
-        print_json({name: vars(method) for name, method in METHODS.items()})
-        return
-    for name, method in METHODS.items():
-        print(f"{name:10}{method.title}: {method.summary}\n{'':10}{method.formula}\n{'':10}{method.source}")

@@ -6,6 +6,7 @@ whole tensor (norms, thresholds) in one or more passes, then yields the result i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +18,10 @@ BLOCK = 65_536  # elements
 
 @dataclass(frozen=True)
 class Block:
-    """The flat elements from `start` on: `pivot` [n] and `models` [J, n], float32, overwritten by the next block."""
+    """The flat elements from `start` on: `pivot` [n] and `models` [J, n], float32, overwritten by the next block.
+
+    Whoever asked for the block may overwrite it too. `pivot` may be empty for a method that does not read it.
+    """
 
     start: int
     pivot: np.ndarray
@@ -50,7 +54,47 @@ class Arrays:
 
     def blocks(self, multiple: int = 1) -> Iterator[Block]:
         """See Stack; the blocks are copies, so a method may overwrite them."""
-        flat, models = self.pivot.reshape(-1), self.models.reshape(self.count, -1)
+        flat, models = self.pivot.reshape(-1), self.models.reshape(self.count, math.prod(self.shape))
         size = max(multiple, self.block // multiple * multiple)
         for start in range(0, flat.size, size):
             yield Block(start, flat[start:start + size].copy(), models[:, start:start + size].copy())
+
+
+def row_length(tensor: Stack) -> int:
+    """Elements of a row: of the last axis, or of the whole tensor when it has fewer than two; at least 1."""
+    return max(tensor.shape[-1] if len(tensor.shape) > 1 else math.prod(tensor.shape), 1)
+
+
+def steady(tensor: Stack, multiple: int = 1) -> Iterator[Block]:
+    """A pass whose blocks are cut at the same elements whatever the stack's own are, so that sums round the same way.
+
+    Blocks that already fit are handed on as they are; only others are copied together.
+    """
+    total, size = math.prod(tensor.shape), max(multiple, BLOCK // multiple * multiple)
+    held, filled = Block(0, np.empty(0, np.float32), np.empty((tensor.count, 0), np.float32)), 0
+    for block in tensor.blocks(multiple):
+        n, taken = block.models.shape[1], 0
+        while taken < n:
+            start = block.start + taken
+            whole = min(size, total - start)
+            if not filled and n - taken >= whole:
+                yield _part(block, taken, taken + whole)
+                taken += whole
+                continue
+            if not filled:
+                held = Block(start, np.empty(whole if block.pivot.size else 0, np.float32),
+                             np.empty((tensor.count, whole), np.float32))
+            step = min(held.models.shape[1] - filled, n - taken)
+            held.models[:, filled:filled + step] = block.models[:, taken:taken + step]
+            if block.pivot.size:
+                held.pivot[filled:filled + step] = block.pivot[taken:taken + step]
+            filled, taken = filled + step, taken + step
+            if filled == held.models.shape[1]:
+                yield held
+                filled = 0
+
+
+def _part(block: Block, start: int, stop: int) -> Block:
+    if start == 0 and stop == block.models.shape[1]:
+        return block
+    return Block(block.start + start, block.pivot[start:stop], block.models[:, start:stop])

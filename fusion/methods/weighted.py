@@ -24,6 +24,17 @@ def weighted(models: np.ndarray, weights: np.ndarray, out: np.ndarray) -> np.nda
     return np.add(models[base], shift, out=out)
 
 
+def combine(models: np.ndarray, coefficients: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Write Σⱼ cⱼ·modelⱼ into `out`: as `weighted` when the coefficients [J] sum to 1, term by term otherwise."""
+    if abs(coefficients.sum() - 1) < 1e-12:
+        return weighted(models, coefficients, out)
+    step = np.empty_like(out)
+    np.multiply(models[0], np.float32(coefficients[0]), out=out)
+    for model, coefficient in zip(models[1:], coefficients[1:], strict=True):
+        out += np.multiply(model, np.float32(coefficient), out=step)
+    return out
+
+
 def elementwise(pivot: np.ndarray, models: np.ndarray, fixed: np.ndarray, out: np.ndarray, *, power: int = 2) -> np.ndarray:
     """Write Σⱼ Wⱼ·modelⱼ with Wⱼ = |Δⱼ|ᵖ / Σᵢ |Δᵢ|ᵖ for every element by itself into `out`; Δⱼ = modelⱼ − pivot.
 

@@ -1,0 +1,236 @@
+"""Task-vector merging as one pipeline: Δⱼ = θⱼ − θ₀ → sparsify → rescale → weigh → elect sign → normalise → λ → θ₀ + Δ.
+
+Sparsifiers first learn what they must know of the whole tensor, then zero what they drop block by block.
+Price: one pass, two more to rank magnitudes exactly, one more to rescale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+
+from fusion.methods.draws import draw, uniform
+from fusion.methods.method import per_target
+from fusion.methods.select import Cut, Selection, Top, magnitude_bits
+from fusion.methods.stack import Block, Stack, row_length, steady
+
+Divide = Callable[[np.ndarray], np.ndarray]
+CANCELLED = 1e-6  # a sum of weights this small against their magnitudes is rounding
+
+
+class KeepAll:
+    """Drops nothing; what the other sparsifiers have in common."""
+
+    def learn(self, tensor: Stack) -> None:
+        """Read the tensor as often as it takes to know what to drop."""
+        self.multiple = 1
+
+    def start(self) -> None:
+        """Begin a pass over the tensor in order."""
+
+    def drops(self, j: int) -> bool:
+        """Whether anything of target `j` may be dropped."""
+        return False
+
+    def keep(self, j: int, start: int, deltas: np.ndarray, keys: tuple[int, ...]) -> np.ndarray:
+        """Which of the next changes [n] of target `j` stay, [n] bool."""
+        return np.ones(deltas.shape, bool)
+
+
+class KeepLargest(KeepAll):
+    """Keeps the `density`·n largest changes of each target after the `gamma`·n very largest, counted down, at least one."""
+
+    def __init__(self, density: float | np.ndarray, gamma: float | np.ndarray = 0.0):
+        self.density, self.gamma = density, gamma
+
+    def learn(self, tensor: Stack) -> None:
+        """Find the cuts exactly, in two passes."""
+        size, self.multiple = math.prod(tensor.shape), 1
+        self.cuts: dict[int, tuple[Cut, Cut]] = {}
+        density, gamma = per_target(self.density, tensor.count), per_target(self.gamma, tensor.count)
+        chosen = {j: Selection() for j in range(tensor.count) if density[j] < 1}
+        if not chosen:
+            return
+        for deltas in changes(tensor):
+            for j, selection in chosen.items():
+                selection.count(magnitude_bits(deltas[j]))
+        for j, selection in chosen.items():
+            kept = max(1, int(density[j] * size)) if density[j] > 0 else 0
+            skipped = min(int(gamma[j] * size), size - kept)
+            selection.aim((skipped, skipped + kept if kept else skipped))
+        for deltas in changes(tensor):
+            for j, selection in chosen.items():
+                selection.refine(magnitude_bits(deltas[j]))
+        self.cuts = {j: selection.cuts() for j, selection in chosen.items()}
+
+    def start(self) -> None:
+        self.tops = {j: (Top(skipped), Top(kept)) for j, (skipped, kept) in self.cuts.items()}
+
+    def drops(self, j: int) -> bool:
+        return j in self.cuts
+
+    def keep(self, j: int, start: int, deltas: np.ndarray, keys: tuple[int, ...]) -> np.ndarray:
+        bits = magnitude_bits(deltas)
+        skipped, kept = self.tops[j]
+        inside = kept.mask(bits)
+        if skipped.cut.equal:
+            inside &= ~skipped.mask(bits)
+        return inside
+
+
+class DropAtRandom(KeepAll):
+    """Keeps each change with the chance `density`."""
+
+    def __init__(self, density: float | np.ndarray):
+        self.density = density
+
+    def learn(self, tensor: Stack) -> None:
+        self.multiple, self.chance = 1, per_target(self.density, tensor.count)
+
+    def drops(self, j: int) -> bool:
+        return bool(self.chance[j] < 1)
+
+    def keep(self, j: int, start: int, deltas: np.ndarray, keys: tuple[int, ...]) -> np.ndarray:
+        return draw(keys[j], start, deltas.size) < np.uint32(self.chance[j] * 2.0 ** 32)
+
+
+class DropByRank(DropAtRandom):
+    """Keeps each change with a chance from `density` − `epsilon` to `density` + `epsilon`, by its rank in its row."""
+
+    def __init__(self, density: float | np.ndarray, epsilon: float | np.ndarray):
+        self.density, self.epsilon = density, epsilon
+
+    def learn(self, tensor: Stack) -> None:
+        self.multiple, self.chance = row_length(tensor), per_target(self.density, tensor.count)
+        self.spread = np.minimum(per_target(self.epsilon, tensor.count), np.minimum(self.chance, 1 - self.chance))
+
+    def keep(self, j: int, start: int, deltas: np.ndarray, keys: tuple[int, ...]) -> np.ndarray:
+        place = ranks(deltas.reshape(-1, self.multiple))
+        place *= np.float32(2 * self.spread[j] / max(self.multiple - 1, 1))
+        place += np.float32(self.chance[j] - self.spread[j] if self.multiple > 1 else self.chance[j])
+        return uniform(keys[j], start, deltas.size) < place.reshape(-1)
+
+
+def ranks(rows: np.ndarray) -> np.ndarray:
+    """The rank of each number's magnitude in its row, 0 = smallest, equal ones in order; [rows, columns] float32."""
+    columns = np.arange(rows.shape[1], dtype=np.uint64)
+    order = np.sort(magnitude_bits(rows).astype(np.uint64) << np.uint64(32) | columns, axis=1)
+    order &= np.uint64(0xFFFFFFFF)
+    out = np.empty(rows.shape, np.float32)
+    np.put_along_axis(out, order.view(np.int64), columns.astype(np.float32)[None], axis=1)
+    return out
+
+
+def merge_deltas(tensor: Stack, weights: np.ndarray, sparsify: KeepAll, *, elect: bool = False, normalize: bool = False,
+                 rescale: bool = False, factor: float = 1.0) -> Iterator[np.ndarray]:
+    """Yield the blocks of θ₀ + λ·merge of the targets' changes; `weights` [J] factors, `factor` = λ.
+
+    `elect`: only changes of the elected sign are added, and `normalize` divides by the weights of those. A sum of weights
+    that is 0 but for rounding divides nothing.
+    """
+    weights = np.asarray(weights, np.float64)
+    sparsify.learn(tensor)
+    scaled = weights * l1_ratio(tensor, sparsify) if rescale else weights
+    if not elect and normalize:
+        scaled = scaled / divisor(weights.sum(), weights)
+    divide = partial(divisor, weights=weights) if normalize else None
+    sparsify.start()
+    for block in steady(tensor, sparsify.multiple):
+        deltas = drop(block, sparsify, tensor.keys)
+        if elect:
+            deltas *= scaled.astype(np.float32)[:, None]
+            merged = sum_agreeing(deltas, majority(deltas), weights, divide)
+        else:
+            merged = weighted_sum(deltas, scaled)
+        if factor != 1:
+            merged *= np.float32(factor)
+        merged += block.pivot
+        yield merged
+
+
+def changes(tensor: Stack) -> Iterator[np.ndarray]:
+    """A pass over the targets' changes: blocks [J, n] float32."""
+    for block in steady(tensor):
+        yield np.subtract(block.models, block.pivot, out=block.models)
+
+
+def drop(block: Block, sparsify: KeepAll, keys: tuple[int, ...]) -> np.ndarray:
+    """The changes of a block, [J, n], with what `sparsify` drops set to 0."""
+    deltas = np.subtract(block.models, block.pivot, out=block.models)
+    for j, its in enumerate(deltas):
+        if sparsify.drops(j):
+            its *= sparsify.keep(j, block.start, its, keys)
+    return deltas
+
+
+def l1_ratio(tensor: Stack, sparsify: KeepAll) -> np.ndarray:
+    """Σ|Δⱼ| of all changes ÷ Σ|Δⱼ| of the kept ones for each target, [J]; 1 where nothing is kept."""
+    whole, kept = np.zeros(tensor.count), np.zeros(tensor.count)
+    if not any(sparsify.drops(j) for j in range(tensor.count)):
+        return np.ones(tensor.count)
+    sparsify.start()
+    for block in steady(tensor, sparsify.multiple):
+        deltas = np.subtract(block.models, block.pivot, out=block.models)
+        for j, its in enumerate(deltas):
+            mask = sparsify.keep(j, block.start, its, tensor.keys) if sparsify.drops(j) else True
+            size = np.abs(its, out=its)
+            whole[j] += size.sum(dtype=np.float64)
+            size *= mask
+            kept[j] += size.sum(dtype=np.float64)
+    return np.divide(whole, kept, out=np.ones(tensor.count), where=kept > 0)
+
+
+def weighted_sum(deltas: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Σⱼ fⱼ·Δⱼ of `deltas` [J, n] (used up), in the order of the targets, float32."""
+    deltas *= factors.astype(np.float32)[:, None]
+    for its in deltas[1:]:
+        deltas[0] += its
+    return deltas[0]
+
+
+def majority(deltas: np.ndarray) -> np.ndarray:
+    """The sign of the sum of `deltas` [J, n] in the order of the targets, as 1 or −1 float32 [n]; 0 counts as +."""
+    total = deltas[0].copy()
+    for its in deltas[1:]:
+        total += its
+    return np.where(total >= 0, np.float32(1), np.float32(-1))
+
+
+def sum_agreeing(deltas: np.ndarray, sign: np.ndarray, weights: np.ndarray, divide: Divide | None) -> np.ndarray:
+    """Add those of `deltas` [J, n] (weighed already, used up) that have the elected `sign` [n], in the order of the targets.
+
+    `divide` turns the sum of the `weights` [J] of those that were added into what the result is divided by; None: nothing.
+    """
+    deltas *= sign  # from here on those that agree are above 0
+    below = agreeing_weights(deltas, weights, divide) if divide else None
+    np.maximum(deltas, 0, out=deltas)
+    for its in deltas[1:]:
+        deltas[0] += its
+    if below is not None:
+        deltas[0] /= below
+    deltas[0] *= sign
+    return deltas[0]
+
+
+def agreeing_weights(deltas: np.ndarray, weights: np.ndarray, divide: Divide) -> np.ndarray:
+    """`divide` of the sum (float64) of the weights whose change is above 0, for each element; [n] float32."""
+    if len(weights) > 8:
+        total = np.zeros(deltas.shape[1])
+        for its, weight in zip(deltas, weights, strict=True):
+            total += (its > 0) * weight
+        return divide(total).astype(np.float32)
+    which = np.zeros(deltas.shape[1], np.uint8)
+    for j, its in enumerate(deltas):
+        which |= (its > 0).view(np.uint8) << np.uint8(j)
+    sums = np.zeros(1 << len(weights))
+    for j, weight in enumerate(weights):
+        sums += (np.arange(sums.size) >> j & 1) * weight
+    return divide(sums).astype(np.float32)[which]
+
+
+def divisor(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """`sums` of some of the `weights` with 1 where they are 0 but for rounding."""
+    return np.where(np.abs(sums) <= CANCELLED * np.abs(weights).sum(), 1.0, sums)
