@@ -14,7 +14,10 @@ Anything else that is raised is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # all but tab and line end
 
 
 class FusionError(Exception):
@@ -23,7 +26,7 @@ class FusionError(Exception):
     def __init__(self, found: str, *, where: str | None = None, todo: str | None = None):
         self.found, self.where, self.todo = found, where, todo
         text = f"{where}: {found}" if where else found
-        super().__init__(f"{text.rstrip('.')}. {todo}" if todo else text)
+        super().__init__(printable(f"{text.rstrip('.')}. {todo}" if todo else text))
 
 
 class CheckpointError(FusionError):
@@ -48,6 +51,11 @@ class ResourceError(FusionError):
 
 class Stopped(FusionError):
     """The work was stopped on request; nothing is left behind."""
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere without control characters, which could steer a terminal: they are shown as escapes."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

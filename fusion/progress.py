@@ -11,6 +11,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from fusion.errors import printable
+
 Result = TypeVar("Result")
 
 
@@ -56,7 +58,7 @@ class Progress:
             text += f"  {self.bytes_done / 1e9:.2f}/{self.bytes_total / 1e9:.2f} GB  {self.bytes_per_s / 1e9:.2f} GB/s"
         if self.seconds_left is not None:
             text += f"  {self.seconds_left:.0f} s left"
-        return f"{text}  {self.note}" if self.note else text
+        return f"{text}  {printable(self.note)}" if self.note else text
 
 
 Work = Generator[Progress, None, Result]
