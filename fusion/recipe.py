@@ -27,12 +27,14 @@ class Recipe:
     """What to merge and how; see `problems` for what makes a recipe valid.
 
     `pivot`, `targets`: folders, or names of earlier stages. `names`: what the targets are called (default: their folders'
-    names). `weights`: one setting per target, or the word "variation" for the measured ratio at `granularity` by `measure`
-    (empty = what the method does by itself). `options`: of the method, by name; a tuple holds one per target. `overrides`:
-    later ones win. `exclude`: patterns of tensors kept from the pivot. `slices`: layers of the result, in order. `seed`: of
-    what is random. `vocabulary`: "pivot", "common" or "union" for models whose tokens differ ("" = refuse). `dtype`: of the
-    stored result ("" = as the pivot). `donor`: "pivot" or a target's name. `name`: for later stages to refer to.
-    `revisions`: model name → content digest, and `result`: engine version and output digest, are filled in when it is run.
+    names). `weights`: one setting per target, or the word "variation" for the measured weight (empty = what the method does
+    by itself); variation is taken at `granularity` by `measure` and becomes a weight by `rule`: the "ratio" to the sum over
+    the targets, or the "softmax" of v / (`temperature`·max v). `options`: of the method, by name; a tuple holds one per
+    target. `overrides`: later ones win. `exclude`: patterns of tensors kept from the pivot. `slices`: layers of the result,
+    in order. `seed`: of what is random. `vocabulary`: "pivot", "common" or "union" for models whose tokens differ ("" =
+    refuse). `dtype`: of the stored result ("" = as the pivot). `donor`: "pivot" or a target's name. `name`: for later stages
+    to refer to. `revisions`: model name → content digest, and `result`: engine version and output digest, are filled in when
+    it is run.
     """
 
     pivot: str
@@ -41,6 +43,8 @@ class Recipe:
     method: str = "varm"
     granularity: str = "matrix"
     measure: str = "square"
+    rule: str = "ratio"
+    temperature: float = 1.0
     weights: tuple[Setting, ...] = ()
     options: Mapping[str, Setting | tuple[Setting, ...]] = field(default_factory=dict)
     overrides: tuple[Override, ...] = ()

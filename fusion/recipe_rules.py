@@ -19,13 +19,24 @@ from fusion.variation import MEASURES
 
 if TYPE_CHECKING:
     from fusion.documents import Path
-    from fusion.methods.method import Option
+    from fusion.methods import Option
 
 MAX_TARGETS = 16
 MAX_LAYERS = 100_000
 VOCABULARIES = ("", "pivot", "common", "union")
+RULES = ("ratio", "softmax")
 # methods that use the pivot only as a point to start from, so it may be one of the models too
 PIVOT_AMONG_TARGETS = ("linear", "slerp", "nuslerp", "multislerp", "karcher", "passthrough")
+DIVIDE_BY_SUM = ("normalize", "normalize_weights")  # options of methods whose weights are shares
+
+
+def weight_kind(recipe) -> str:
+    """What the weights of a recipe are: "shares" that sum to 1, "factors", or "" for none; see `methods.Method.weights`.
+
+    Shares that must not be divided by their sum are factors.
+    """
+    kind = METHODS[recipe.method].weights
+    return "factors" if kind == "shares" and False in map(recipe.options.get, DIVIDE_BY_SUM) else kind
 
 
 def faults(recipe) -> Iterator[Fault]:
@@ -58,30 +69,35 @@ def _models(recipe) -> Iterator[Fault]:
 def _words(recipe) -> Iterator[Fault]:
     for key, value, known in (
             ("method", recipe.method, METHODS), ("granularity", recipe.granularity, GRANULARITIES),
-            ("measure", recipe.measure, MEASURES), ("donor", recipe.donor, ("pivot", *recipe.names)),
+            ("measure", recipe.measure, MEASURES), ("rule", recipe.rule, RULES), ("donor", recipe.donor, ("pivot", *recipe.names)),
             ("dtype", recipe.dtype or "float32", dtypes.NAMES), ("vocabulary", recipe.vocabulary, VOCABULARIES)):
         if value not in known:
             yield (key,), f"{key}: unknown {value!r}. {nearest(str(value), filter(None, known))}"
     if not isinstance(recipe.seed, int) or isinstance(recipe.seed, bool) or not 0 <= recipe.seed < 2**63:
         yield ("seed",), f"seed: {recipe.seed!r} should be a whole number from 0 to {2**63 - 1}."
+    if not is_number(recipe.temperature) or recipe.temperature <= 0:
+        yield ("temperature",), f"temperature: {recipe.temperature!r} should be a number above 0."
+    if recipe.rule == "softmax" and recipe.granularity == "parameter" and recipe.measured:
+        yield ("rule",), "rule: softmax weighs units, not single parameters. Choose another granularity, or rule ratio."
 
 
 def _count(recipe) -> Iterator[Fault]:
     method, given = METHODS[recipe.method], len(recipe.targets)
-    low, high = getattr(method, 'min_targets', 1), getattr(method, 'max_targets', None)
-    if given and (given < low or (high is not None and given > high)):
+    low, high = method.min_targets, method.max_targets
+    if given and not recipe.slices and (given < low or (high is not None and given > high)):
         wanted = f"at least {low}" if high is None else str(low) if low == high else f"{low} to {high}"
-        yield ("targets",), f"targets: {recipe.method} merges {wanted}, not {given}."
+        todo = " Give one, or say with `slices` which layers each gives." if recipe.method == "passthrough" else ""
+        yield ("targets",), f"targets: {recipe.method} takes {wanted}, not {given}.{todo}"
 
 
 # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def _weights(recipe) -> Iterator[Fault]:
-    kind = getattr(METHODS[recipe.method], 'weights', 'shares')
+    kind = weight_kind(recipe)
     if not kind:
         for key in ("weights", "overrides"):
             if getattr(recipe, key):
-                having = ", ".join(name for name, method in METHODS.items() if getattr(method, 'weights', 'shares'))
+                having = ", ".join(name for name, method in METHODS.items() if method.weights)
                 yield (key,), f"{key}: {recipe.method} has no weights. These methods do: {having}."
         return
     wrong = list(_given_weights(recipe))
@@ -102,7 +118,11 @@ def _given_weights(recipe) -> Iterator[Fault]:
         return "" if is_number(value) or value == VARIATION else f"{value!r} should be a finite number or `variation`"
 
     for j, weight in enumerate(recipe.weights):
-        yield from _setting(weight, ("weights", j), f"weights: {recipe.names[j] if j < len(recipe.names) else j + 1}", wrong)
+        yield from _setting(weight, ("weights", j), f"weights: {_called(recipe, j)}", wrong)
+
+
+def _called(recipe, j: int) -> str:
+    return recipe.names[j] if j < len(recipe.names) else str(j + 1)
 
 
 def _shares(weights: tuple) -> Iterator[Fault]:
@@ -130,14 +150,16 @@ def _override(override: Override, names: tuple[str, ...], kind: str) -> Iterator
 # ── options ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 def _options(recipe) -> Iterator[Fault]:
-    known = {option.name: option for option in _options_of(METHODS[recipe.method])}
+    known = {option.name: option for option in METHODS[recipe.method].options}
     for name, value in recipe.options.items():
         path, label = ("options", name), f"options: {name}"
-        if name not in known:
+        option = known.get(name)
+        if option is None:
             yield path, f"{label}: {recipe.method} has no such option. {_who(name, known)}"
             continue
-        option = known[name]
-        if not isinstance(value, tuple):
+        if name in DIVIDE_BY_SUM and METHODS[recipe.method].weights == "shares" and isinstance(value, Table):
+            yield path, f"{label}: it is the same for all tensors. Give true or false."
+        elif not isinstance(value, tuple):
             yield from _setting(value, path, label, lambda leaf, option=option: _leaf(leaf, option), option.kind == "number")
         elif not option.per_target:
             yield path, f"{label}: it is the same for all targets. Give one value, not a list."
@@ -145,19 +167,15 @@ def _options(recipe) -> Iterator[Fault]:
             yield path, f"{label}: {len(value)} values for {len(recipe.targets)} targets. Give one for each, or one for all."
         else:
             for j, item in enumerate(value):
-                yield from _setting(item, (*path, j), f"{label}: {recipe.names[j]}",
+                yield from _setting(item, (*path, j), f"{label}: {_called(recipe, j)}",
                                     lambda leaf, option=option: _leaf(leaf, option), option.kind == "number")
     for name, option in known.items():
         if option.default is None and name not in recipe.options:
             yield ("options",), f"options: {name}: {recipe.method} needs it. {option.text}"
 
 
-def _options_of(method) -> tuple[Option, ...]:
-    return getattr(method, 'options', ())
-
-
 def _who(name: str, known: dict) -> str:
-    having = [other for other, method in METHODS.items() if any(option.name == name for option in _options_of(method))]
+    having = [other for other, method in METHODS.items() if any(option.name == name for option in method.options)]
     if having:
         return f"These methods do: {', '.join(having)}."
     return nearest(name, known) if known else "It has none."
@@ -185,10 +203,11 @@ def _setting(setting: object, path: Path, label: str, wrong: Callable[[object], 
     elif len(setting.points) < 2:
         yield path, f"{label}: a curve needs at least two points."
     else:
-        for i, point in enumerate(setting.points):
+        places = [(("curve", i), "curve", point) for i, point in enumerate(setting.points)]
+        for place, word, point in places + ([] if setting.outside is None else [(("outside",), "outside", setting.outside)]):
             text = wrong(point) if is_number(point) else f"{point!r} should be a finite number"
             if text:
-                yield (*path, "curve", i), f"{label}: curve: {text.rstrip('.')}."
+                yield (*path, *place), f"{label}: {word}: {text.rstrip('.')}."
 
 
 # ── slices ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -197,8 +216,6 @@ def _slices(recipe) -> Iterator[Fault]:
     for i, one in enumerate(recipe.slices):
         for text in _slice(one, recipe):
             yield ("slices", i), f"slices: slice {i + 1}: {text}"
-    if recipe.method == "passthrough" and not recipe.slices and len(recipe.targets) > 1:
-        yield ("method",), "method: passthrough copies one model. Give one target, or say with `slices` which layers to take."
     used = {name for one in recipe.slices for name in one.ranges}
     for name in recipe.names if recipe.slices else ():
         if name not in used:
@@ -215,13 +232,12 @@ def _slice(one: Slice, recipe) -> Iterator[str]:
         yield f"{name}: {list(one.ranges[name])} should be two whole numbers, the first layer and the one after the last."
     if not wrong and len({end - start for start, end in one.ranges.values()}) > 1:
         yield "all models must give equally many layers."
-    if recipe.method == "passthrough":
-        if len(one.ranges) != 1:
-            yield f"passthrough takes the layers of exactly one model, not of {len(one.ranges)}."
-        return
-    lost = [name for name in recipe.names if name not in one.ranges]
-    if lost and not strange:
-        yield f"{', '.join(lost)} is left out; {recipe.method} needs layers of every target."
+    if not one.ranges:
+        yield "it names no model."
+    most = METHODS[recipe.method].max_targets if recipe.method in METHODS else None
+    given = len(one.ranges) if recipe.method == "passthrough" else len(one.ranges.keys() - {"pivot"})
+    if most is not None and given > most:
+        yield f"{recipe.method} takes the layers of at most {most} model{'s'[:most - 1]} at a time, not of {given}."
 
 
 def _layers(layers: tuple) -> bool:

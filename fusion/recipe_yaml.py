@@ -14,7 +14,7 @@ from fusion.settings import VARIATION, Curve, Override, Slice, Table
 
 VERSION = 1
 Fault = tuple[Path, str]  # where, what is wrong
-_WORDS = {str: "text", bool: "true or false", int: "a whole number"}
+_WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
 @dataclass
@@ -53,7 +53,7 @@ def read_fields(data: object) -> Fields:
 
 def _typed(wanted: type) -> Callable:
     def read(found: Fields, key: str, value: object) -> object:
-        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        if not isinstance(value, (int, float) if wanted is float else wanted) or (wanted is not bool and isinstance(value, bool)):
             found.fault((key,), f"{key}: {value!r} should be {_WORDS[wanted]}.")
         return value
     return read
@@ -109,17 +109,18 @@ def _options(found: Fields, key: str, value: object) -> dict:
 def _setting(found: Fields, path: Path, value: object, label: str, table_too: bool = True) -> object:
     if isinstance(value, (int, float, str)):
         return value
-    key = next(iter(value)) if isinstance(value, dict) and len(value) == 1 else None
-    if key == "curve" and isinstance(value[key], list):
-        if all(isinstance(point, (int, float, str)) for point in value[key]):
-            return Curve(tuple(value[key]))
-    elif key == "table" and table_too and isinstance(value[key], list):
-        return Table(tuple(_row(found, (*path, key, i), row, label) for i, row in enumerate(value[key])))
-    elif isinstance(key, str) and key not in ("curve", "table"):
-        found.fault(path, f"{label}: unknown setting {key!r}. {nearest(key, ('curve', 'table') if table_too else ('curve',))}")
-        return 0
-    kinds = "a value, {curve: [numbers]} or {table: [rows]}" if table_too else "a value or {curve: [numbers]}"
-    found.fault(path, f"{label}: {value!r} should be {kinds}.")
+    keys = set(value) if isinstance(value, dict) else set()
+    if keys in ({"curve"}, {"curve", "outside"}) and isinstance(value["curve"], list) \
+            and all(isinstance(point, (int, float, str)) for point in (*value["curve"], value.get("outside", 0))):
+        return Curve(tuple(value["curve"]), value.get("outside"))
+    if keys == {"table"} and table_too and isinstance(value["table"], list):
+        return Table(tuple(_row(found, (*path, "table", i), row, label) for i, row in enumerate(value["table"])))
+    known = ("curve", "outside", "table") if table_too else ("curve", "outside")
+    for key in sorted(map(str, keys - set(known))):
+        found.fault((*path, key), f"{label}: unknown setting {key!r}. {nearest(key, known)}")
+    if keys <= set(known):
+        kinds = "a value, {curve: [numbers]} or {table: [rows]}" if table_too else "a value or {curve: [numbers]}"
+        found.fault(path, f"{label}: {value!r} should be {kinds}.")
     return 0
 
 
@@ -153,8 +154,8 @@ def _slices(found: Fields, key: str, value: object) -> tuple[Slice, ...]:
 
 
 _READERS: dict[str, Callable] = {
-    "name": _typed(str), "pivot": _typed(str), "targets": _targets, "method": _typed(str), "granularity": _typed(str),
-    "measure": _typed(str), "weights": _weights, "options": _options, "overrides": _overrides, "exclude": _patterns,
-    "slices": _slices, "seed": _typed(int), "vocabulary": _typed(str), "dtype": _typed(str), "donor": _typed(str),
-    "allow_nonfinite": _typed(bool), "revisions": _texts, "result": _texts,
+    **dict.fromkeys(("name", "pivot", "method", "granularity", "measure", "rule", "vocabulary", "dtype", "donor"), _typed(str)),
+    "targets": _targets, "temperature": _typed(float), "weights": _weights, "options": _options, "overrides": _overrides,
+    "exclude": _patterns, "slices": _slices, "seed": _typed(int), "allow_nonfinite": _typed(bool), "revisions": _texts,
+    "result": _texts,
 }

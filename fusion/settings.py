@@ -21,16 +21,22 @@ MAX_NUMBER = 1e30  # of a weight; their sum stays finite
 
 @dataclass(frozen=True)
 class Curve:
-    """Numbers at equal distances from the embedding (depth 0) to the head (depth 1), straight lines between them."""
+    """Numbers at equal distances from the first layer (depth 0) to the last (depth 1), straight lines between them.
+
+    `outside`: the value of tensors outside the layers (None: embeddings have the first point, final norm and head the last).
+    """
 
     points: tuple[float, ...]
+    outside: float | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "points", tuple(self.points))
 
-    def at(self, depth: float) -> float:
-        """The value at a depth from 0 to 1."""
-        return float(np.interp(depth, np.linspace(0, 1, len(self.points)), self.points))
+    def at(self, name: str, layers: int) -> float:
+        """The value for a tensor of a model of so many layers."""
+        if self.outside is not None and place(name).layer is None:
+            return self.outside
+        return float(np.interp(depth(name, layers), np.linspace(0, 1, len(self.points)), self.points))
 
 
 @dataclass(frozen=True)
@@ -94,14 +100,14 @@ def resolve(setting: Setting, names: Sequence[str], where: str = "") -> list:
     """
     if isinstance(setting, Curve):
         layers = count_layers(names)
-        return [setting.at(depth(name, layers)) for name in names]
+        return [setting.at(name, layers) for name in names]
     if not isinstance(setting, Table):
         return [setting] * len(names)
     values: dict[str, Value] = {}
     layers, known = count_layers(names), dict.fromkeys(names)
     for pattern, value in setting.rows:
         for name in matching(pattern, known, where or "table"):
-            values[name] = value.at(depth(name, layers)) if isinstance(value, Curve) else value
+            values[name] = value.at(name, layers) if isinstance(value, Curve) else value
     lost = next((name for name in names if name not in values), None)
     if lost is not None:
         raise RecipeError(f"no row of the table matches {lost}", where=where or "table",
@@ -130,7 +136,8 @@ def is_number(value: object) -> bool:
 def plain(setting: object) -> object:
     """A setting as YAML has it: `{curve: […]}`, `{table: [{tensors:, value:}, …]}`, a tuple as a list, else itself."""
     if isinstance(setting, Curve):
-        return {"curve": [plain(point) for point in setting.points]}
+        outside = {} if setting.outside is None else {"outside": plain(setting.outside)}
+        return {"curve": [plain(point) for point in setting.points], **outside}
     if isinstance(setting, Table):
         return {"table": [{"tensors": pattern, "value": plain(value)} for pattern, value in setting.rows]}
     if isinstance(setting, tuple):

@@ -14,10 +14,11 @@ import numpy as np
 from fusion.errors import RecipeError
 from fusion.methods import METHODS
 from fusion.recipe import Recipe
+from fusion.recipe_rules import weight_kind
 from fusion.settings import VARIATION, matching, resolve
 from fusion.variation import Variation, normalise
 
-__all__ = ["OptionPlan", "WeightPlan", "effective_weights", "give_weight", "matching"]
+__all__ = ["OptionPlan", "WeightPlan", "effective_weights", "give_weight", "matching", "measured_weights"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class WeightPlan:
     def of(cls, recipe: Recipe, names: Sequence[str]) -> WeightPlan:
         """Resolve a recipe's weights for these tensors; RecipeError for a pattern that matches none, and for shares that
         make no sense in a tensor."""
-        kind = getattr(METHODS[recipe.method], "weights", "shares")
+        kind = weight_kind(recipe)
         index = {name: t for t, name in enumerate(names)}
         excluded = np.zeros(len(names), dtype=bool)
         for pattern in recipe.exclude:
@@ -134,7 +135,7 @@ class OptionPlan:
     def of(cls, recipe: Recipe, names: Sequence[str]) -> OptionPlan:
         """Resolve a recipe's options, or their defaults, for these tensors; RecipeError for a pattern that matches none."""
         values = {}
-        for option in getattr(METHODS[recipe.method], "options", ()):
+        for option in METHODS[recipe.method].options:
             setting, label = recipe.options.get(option.name, option.default), f"options: {option.name}"
             if not option.per_target:
                 values[option.argument] = resolve(setting, names, label)
@@ -152,7 +153,21 @@ class OptionPlan:
 def effective_weights(recipe: Recipe, variation: Variation) -> tuple[WeightPlan, np.ndarray]:
     """The plan and the weights [T, J] that this recipe will merge with, shown before merging."""
     plan = WeightPlan.of(recipe, variation.names)
-    return plan, plan.table(variation.ratios(recipe.granularity, recipe.measure))
+    return plan, plan.table(measured_weights(recipe, variation))
+
+
+def measured_weights(recipe: Recipe, variation: Variation) -> np.ndarray:
+    """The weights [T, J] that variation gives at the recipe's granularity, by its measure and its rule; rows sum to 1.
+
+    Rule "softmax": softmax over the targets of v / (temperature·max v), which does not depend on the scale of v as the
+    softmax of v itself does; a unit that no target changed is uniform.
+    """
+    if recipe.rule == "ratio":
+        return variation.ratios(recipe.granularity, recipe.measure)
+    means = variation.means(recipe.granularity, recipe.measure)
+    largest = means.max(axis=1, keepdims=True, initial=0)
+    relative = np.divide(means, largest, out=np.ones_like(means), where=largest > 0)  # at most 1: nothing overflows below
+    return normalise(np.exp((relative - 1) / recipe.temperature))
 
 
 def give_weight(given: Mapping[str, float], target: str, weight: float, targets: Sequence[str]) -> dict[str, float]:

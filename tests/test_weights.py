@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion.errors import RecipeError
 from fusion.recipe import Override, Recipe
 from fusion.variation import Variation
-from fusion.weights import WeightPlan, effective_weights, matching
+from fusion.weights import WeightPlan, effective_weights
 
 NAMES = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight")
 RATIOS = np.array([[.2, .3, .5], [.6, .2, .2], [1, 0, 0]])
@@ -73,30 +70,3 @@ def test_effective_weights_are_known_before_merging():
     plan, weights = effective_weights(Recipe("pivot", ("a", "b", "c"), exclude=("lm_head*",)), variation)
     assert plan.excluded.tolist() == [False, False, True]
     assert weights == pytest.approx(np.array([RATIOS[0], RATIOS[1], [0, 0, 0]]))
-
-
-@pytest.mark.parametrize(("pattern", "found"), [
-    ("*", NAMES), ("lm_head.weight", NAMES[2:]), ("model.layers.?.mlp.*", NAMES[:2]), ("*.1.*", NAMES[1:2]), ("*head*", NAMES[2:])])
-def test_patterns_match_whole_names(pattern, found):
-    assert matching(pattern, NAMES, "exclude") == list(found)
-
-
-@pytest.mark.parametrize("name", ["a.b", "a[0].w", "a+b", "a\nb", "(a|b)", "ü", "a\\b", "[!a]"])
-def test_names_with_odd_characters_match_themselves_only(name):
-    assert matching(name, [name, "axb", "a", "b"], "exclude") == [name]
-    assert matching(name[0] + "*", [name, "zzz"], "exclude") == [name]
-
-
-@pytest.mark.parametrize(("pattern", "nearest"), [("lm_head.wieght", "lm_head.weight"), ("model.layers.7.mlp.up_proj.*", NAMES[1]),
-                                                  ("lm_head", "lm_head.weight"), ("", "Known: lm_head.weight")])
-def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(pattern, nearest):
-    with pytest.raises(RecipeError, match=r"^exclude: no tensor matches") as caught:
-        matching(pattern, NAMES, "exclude")
-    assert nearest in str(caught.value)
-
-
-def test_no_pattern_takes_long():
-    started = time.perf_counter()
-    with pytest.raises(RecipeError):
-        matching("*a" * 25 + "!", ["a" * 60] * 10, "exclude")
-    assert time.perf_counter() - started < 2
