@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -191,19 +191,17 @@ class Checkpoint(Mapping[str, np.ndarray]):
         It reads a few kilobytes a tensor instead of gigabytes. Equal marks do not prove equal weights; a fine-tune of any
         size changes it.
         """
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in sorted(self._stored):
-            tensor = self._stored[name]
-            digest.update(f"{name}|{tensor.dtype}|{tensor.shape}".encode())
-            middle = tensor.numel // 2
-            digest.update(self.raw(name, middle, min(tensor.numel, middle + 2048)))
-        return digest.hexdigest()
+        return sampled(self.config, self._stored, self._files)
 
     @property
     def stamp(self) -> str:
         """A mark of the very files on this disk: paths, sizes and times. It notices what `fingerprint` may miss."""
-        files = sorted({tensor.file for tensor in self._stored.values()})
-        return repr([(str(file.resolve()), (stat := os.stat(file)).st_size, stat.st_mtime_ns, stat.st_ino) for file in files])
+        return stamps({tensor.file for tensor in self._stored.values()})
+
+    @property
+    def origin(self) -> str:
+        """Where it was read from: two models with one origin are one model."""
+        return str(self.folder.resolve())
 
     def file(self, name: str) -> Path:
         """Where a small file beside the weights lies, such as tokenizer.json, if there is one."""
@@ -229,3 +227,19 @@ class Checkpoint(Mapping[str, np.ndarray]):
         if name not in self.info:
             raise CheckpointError(f"there is no tensor {name!r}", where=self.name, todo=nearest(name, self.info))
         return self.info[name]
+
+
+def sampled(config: dict, tensors: Mapping[str, TensorInfo], files: Files) -> str:
+    """SHA-256 over a config, headers and up to 4 KiB inside every tensor."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}|{tensor.dtype}|{tensor.shape}".encode())
+        middle = tensor.numel // 2
+        digest.update(files.tensor(tensor, middle, min(tensor.numel, middle + 2048)))
+    return digest.hexdigest()
+
+
+def stamps(files: Iterable[Path]) -> str:
+    """A mark of these files: their paths, sizes and times."""
+    return repr([(str(file.resolve()), (stat := os.stat(file)).st_size, stat.st_mtime_ns, stat.st_ino) for file in sorted(files)])

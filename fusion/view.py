@@ -64,3 +64,8 @@ class View(Checkpoint):
     def stamp(self) -> str:
         """See Checkpoint."""
         return self.model.stamp
+
+    @property
+    def origin(self) -> str:
+        """See Checkpoint."""
+        return self.model.origin

@@ -20,3 +20,10 @@ def test_a_folder_is_opened_under_the_name_given(tmp_path):
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="there is no such folder"):
         open_checkpoint(tmp_path / "gone")
+
+
+def test_a_folder_with_a_plus_in_its_name_wins(tmp_path):
+    folder = save_checkpoint(tmp_path / "a+b", TENSORS)
+    assert open_checkpoint(folder).name == "a+b"
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        open_checkpoint(f"{tmp_path / 'gone'}+{folder}")
