@@ -1,7 +1,7 @@
 """Random numbers that depend on a key and on where an element stands, and on nothing else: no order, no block, no thread.
 
-A hash of 32-bit lanes (multiply, shift, xor; the two halves of the key go in before and in the middle), which numpy does
-eight at a time where 64-bit multiplication has no such instruction. The constants are those of Wellons' lowbias32.
+Wellons' hash lowbias32 of element + lower half of the key, with the upper half added in the middle. Processors multiply
+eight 32-bit numbers at a time, but 64-bit ones only singly.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 LANES = 1 << 32
+PLACES = np.arange(1 << 16, dtype=np.uint32)
 
 
 def draw(key: int, start: int, n: int) -> np.ndarray:
@@ -29,14 +30,12 @@ def uniform(key: int, start: int, n: int) -> np.ndarray:
 
 
 def _fill(key: int, low: int, out: np.ndarray) -> None:
-    first, second = np.uint32(key & 0xFFFFFFFF), np.uint32(key >> 32)
     shifted = np.empty_like(out)
-    out[:] = np.arange(low, low + out.size, dtype=np.int64)
-    out += first
-    for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        out ^= np.right_shift(out, np.uint32(shift), out=shifted)
-        out *= np.uint32(multiplier)
-        out += second
+    np.add(PLACES[:out.size] if out.size <= PLACES.size else np.arange(out.size, dtype=np.uint32),
+           np.uint32((low + key) & 0xFFFFFFFF), out=out)
     out ^= np.right_shift(out, np.uint32(16), out=shifted)
     out *= np.uint32(0x7FEB352D)
+    out += np.uint32(key >> 32)
     out ^= np.right_shift(out, np.uint32(15), out=shifted)
+    out *= np.uint32(0x846CA68B)
+    out ^= np.right_shift(out, np.uint32(16), out=shifted)

@@ -6,11 +6,14 @@ No BLAS: its results depend on the number of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
-from fusion.methods.stack import Block, Stack, steady
+from fusion.methods.lanes import lane_product
+from fusion.methods.stack import BLOCK, Block, Stack, steady
 from fusion.methods.weighted import combine
 
 
@@ -19,7 +22,7 @@ def gram(tensor: Stack, of: str) -> np.ndarray:
     count = tensor.count + (of == "all")
     total = np.zeros((count, count))
     for block in steady(tensor):
-        total += products(widen(block, of), "n,n->")
+        total += products(widen(block, of), lane_product)
     return total
 
 
@@ -29,14 +32,14 @@ def column_grams(tensor: Stack, of: str, columns: int) -> np.ndarray:
     total = np.zeros((columns, count, count))
     for block in steady(tensor, columns):
         vectors = widen(block, of)
-        total += products(vectors.reshape(len(vectors), -1, columns), "rc,rc->c")
+        total += products(vectors.reshape(len(vectors), -1, columns), partial(np.einsum, "rc,rc->c"))
     return total
 
 
 def row_grams(block: Block, of: str, length: int) -> np.ndarray:
     """Inner products of each row of a block of whole rows, [rows, J, J] float64."""
     vectors = widen(block, of)
-    return products(vectors.reshape(len(vectors), -1, length), "rc,rc->r")
+    return products(vectors.reshape(len(vectors), -1, length), partial(np.einsum, "rc,rc->r"))
 
 
 def widen(block: Block, of: str) -> np.ndarray:
@@ -48,10 +51,10 @@ def widen(block: Block, of: str) -> np.ndarray:
     return block.models.astype(np.float64)
 
 
-def products(vectors: np.ndarray, sums: str) -> np.ndarray:
-    """Inner products of every pair of `vectors` [J, ...] summed as the einsum rule `sums` says, [..., J, J]."""
+def products(vectors: np.ndarray, product: Callable[[np.ndarray, np.ndarray], np.ndarray | float]) -> np.ndarray:
+    """The `product` of every pair of `vectors` [J, ...], [..., J, J]."""
     count = len(vectors)
-    pairs = {(j, k): np.einsum(sums, vectors[j], vectors[k]) for j in range(count) for k in range(j, count)}
+    pairs = {(j, k): product(vectors[j], vectors[k]) for j in range(count) for k in range(j, count)}
     return np.stack([np.stack([pairs[min(j, k), max(j, k)] for k in range(count)], axis=-1) for j in range(count)], axis=-2)
 
 
@@ -62,8 +65,10 @@ def around_pivot(coefficients: np.ndarray) -> np.ndarray:
 
 def add_up(tensor: Stack, coefficients: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the blocks of Σⱼ cⱼ·θⱼ; `coefficients` [J], or [1+J] with the pivot's first."""
+    scratch = np.empty((3, min(math.prod(tensor.shape), BLOCK)), np.float32)
     for block in steady(tensor):
-        yield combine(_models(block, coefficients), coefficients, np.empty(block.models.shape[1], np.float32))
+        out, *work = scratch[:, :block.models.shape[1]]
+        yield combine(_models(block, coefficients), coefficients, out, work)
 
 
 def add_up_columns(tensor: Stack, coefficients: np.ndarray) -> Iterator[np.ndarray]:

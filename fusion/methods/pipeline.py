@@ -13,9 +13,10 @@ from functools import partial
 import numpy as np
 
 from fusion.methods.draws import draw, uniform
+from fusion.methods.lanes import lane_sum
 from fusion.methods.method import per_target
 from fusion.methods.select import Cut, Selection, Top, magnitude_bits
-from fusion.methods.stack import Block, Stack, row_length, steady
+from fusion.methods.stack import BLOCK, Block, Stack, row_length, steady
 
 Divide = Callable[[np.ndarray], np.ndarray]
 CANCELLED = 1e-6  # a sum of weights this small against their magnitudes is rounding
@@ -39,6 +40,9 @@ class KeepAll:
         """Which of the next changes [n] of target `j` stay, [n] bool."""
         return np.ones(deltas.shape, bool)
 
+    def note(self, j: int, start: int, mask: np.ndarray) -> None:
+        """Take in what `keep` said, which will be asked once more: worth keeping where it is dear."""
+
 
 class KeepLargest(KeepAll):
     """Keeps the `density`·n largest changes of each target after the `gamma`·n very largest, counted down, at least one."""
@@ -51,19 +55,20 @@ class KeepLargest(KeepAll):
         size, self.multiple = math.prod(tensor.shape), 1
         self.cuts: dict[int, tuple[Cut, Cut]] = {}
         density, gamma = per_target(self.density, tensor.count), per_target(self.gamma, tensor.count)
-        chosen = {j: Selection() for j in range(tensor.count) if density[j] < 1}
+        scratch = np.empty(min(size, BLOCK), np.intp)
+        chosen = {j: Selection(scratch) for j in range(tensor.count) if density[j] < 1}
         if not chosen:
             return
         for deltas in changes(tensor):
             for j, selection in chosen.items():
-                selection.count(magnitude_bits(deltas[j]))
+                selection.count(magnitude_bits(deltas[j], deltas[j].view(np.uint32)))
         for j, selection in chosen.items():
             kept = max(1, int(density[j] * size)) if density[j] > 0 else 0
             skipped = min(int(gamma[j] * size), size - kept)
             selection.aim((skipped, skipped + kept if kept else skipped))
         for deltas in changes(tensor):
             for j, selection in chosen.items():
-                selection.refine(magnitude_bits(deltas[j]))
+                selection.refine(magnitude_bits(deltas[j], deltas[j].view(np.uint32)))
         self.cuts = {j: selection.cuts() for j, selection in chosen.items()}
 
     def start(self) -> None:
@@ -106,12 +111,20 @@ class DropByRank(DropAtRandom):
     def learn(self, tensor: Stack) -> None:
         self.multiple, self.chance = row_length(tensor), per_target(self.density, tensor.count)
         self.spread = np.minimum(per_target(self.epsilon, tensor.count), np.minimum(self.chance, 1 - self.chance))
+        self.noted: dict[tuple[int, int], np.ndarray] = {}
 
     def keep(self, j: int, start: int, deltas: np.ndarray, keys: tuple[int, ...]) -> np.ndarray:
+        noted = self.noted.pop((j, start), None)
+        if noted is not None:
+            return np.unpackbits(noted, count=deltas.size).view(bool)
         place = ranks(deltas.reshape(-1, self.multiple))
         place *= np.float32(2 * self.spread[j] / max(self.multiple - 1, 1))
         place += np.float32(self.chance[j] - self.spread[j] if self.multiple > 1 else self.chance[j])
         return uniform(keys[j], start, deltas.size) < place.reshape(-1)
+
+    def note(self, j: int, start: int, mask: np.ndarray) -> None:
+        if self.drops(j):
+            self.noted[j, start] = np.packbits(mask)  # one bit for each number; sorting again would take ten times the time
 
 
 def ranks(rows: np.ndarray) -> np.ndarray:
@@ -176,10 +189,11 @@ def l1_ratio(tensor: Stack, sparsify: KeepAll) -> np.ndarray:
         deltas = np.subtract(block.models, block.pivot, out=block.models)
         for j, its in enumerate(deltas):
             mask = sparsify.keep(j, block.start, its, tensor.keys) if sparsify.drops(j) else True
+            sparsify.note(j, block.start, mask)
             size = np.abs(its, out=its)
-            whole[j] += size.sum(dtype=np.float64)
+            whole[j] += lane_sum(size)
             size *= mask
-            kept[j] += size.sum(dtype=np.float64)
+            kept[j] += lane_sum(size)
     return np.divide(whole, kept, out=np.ones(tensor.count), where=kept > 0)
 
 
@@ -192,11 +206,11 @@ def weighted_sum(deltas: np.ndarray, factors: np.ndarray) -> np.ndarray:
 
 
 def majority(deltas: np.ndarray) -> np.ndarray:
-    """The sign of the sum of `deltas` [J, n] in the order of the targets, as 1 or −1 float32 [n]; 0 counts as +."""
+    """Sign bits [n] uint32 of the sum of `deltas` [J, n] in the order of the targets; 0 counts as +."""
     total = deltas[0].copy()
     for its in deltas[1:]:
         total += its
-    return np.where(total >= 0, np.float32(1), np.float32(-1))
+    return (total < 0).astype(np.uint32) << np.uint32(31)
 
 
 def sum_agreeing(deltas: np.ndarray, sign: np.ndarray, weights: np.ndarray, divide: Divide | None) -> np.ndarray:
@@ -204,15 +218,16 @@ def sum_agreeing(deltas: np.ndarray, sign: np.ndarray, weights: np.ndarray, divi
 
     `divide` turns the sum of the `weights` [J] of those that were added into what the result is divided by; None: nothing.
     """
-    deltas *= sign  # from here on those that agree are above 0
+    for its in deltas:
+        its.view(np.uint32)[:] ^= sign  # from here on those that agree are above 0
     below = agreeing_weights(deltas, weights, divide) if divide else None
-    np.maximum(deltas, 0, out=deltas)
+    total = np.maximum(deltas[0], 0)
     for its in deltas[1:]:
-        deltas[0] += its
+        total += np.maximum(its, 0, out=its)
     if below is not None:
-        deltas[0] /= below
-    deltas[0] *= sign
-    return deltas[0]
+        total /= below
+    total.view(np.uint32)[:] ^= sign
+    return total
 
 
 def agreeing_weights(deltas: np.ndarray, weights: np.ndarray, divide: Divide) -> np.ndarray:
@@ -228,7 +243,7 @@ def agreeing_weights(deltas: np.ndarray, weights: np.ndarray, divide: Divide) ->
     sums = np.zeros(1 << len(weights))
     for j, weight in enumerate(weights):
         sums += (np.arange(sums.size) >> j & 1) * weight
-    return divide(sums).astype(np.float32)[which]
+    return divide(sums).astype(np.float32).take(which, mode="clip")
 
 
 def divisor(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -20,16 +20,20 @@ def magnitude_bits(values: np.ndarray, out: np.ndarray | None = None) -> np.ndar
     return np.bitwise_and(values.view(np.uint32), MAGNITUDE, out=out)
 
 
-def count_upper(bits: np.ndarray, out: np.ndarray) -> None:
-    """Add to `out` [32768] how many of `bits` (uint32, sign bit clear) have each value of their upper 15 bits."""
-    out += np.bincount((bits >> np.uint32(16)).astype(np.intp), minlength=out.size)
+def count_upper(bits: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> None:
+    """Add to `out` [32768] how many of `bits` (uint32, sign bit clear) have each value of their upper 15 bits.
+
+    `scratch` [at least n] intp: fresh memory for every block would cost more than the counting.
+    """
+    places = np.right_shift(bits, np.uint32(16), out=scratch[:bits.size], casting="unsafe")
+    np.add.at(out, places, 1)
 
 
 def count_lower(bits: np.ndarray, upper: int, out: np.ndarray) -> None:
     """Add to `out` [65536] how many of those `bits` whose upper bits are `upper` have each value of their lower 16 bits."""
-    inside = bits[(bits >> np.uint32(16)) == upper]
+    inside = np.flatnonzero((bits >> np.uint32(16)) == np.uint32(upper))
     if inside.size:
-        out += np.bincount((inside & np.uint32(0xFFFF)).astype(np.intp), minlength=out.size)
+        np.add.at(out, (bits[inside] & np.uint32(0xFFFF)).astype(np.intp), 1)
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,13 @@ class Cut:
 
 
 class Selection:
-    """Finds cuts: `count` every block, `aim` at ranks, `refine` with every block again, then read `cuts`."""
+    """Finds cuts: `count` every block, `aim` at ranks, `refine` with every block again, then read `cuts`.
 
-    def __init__(self):
-        self.size = 0
+    `scratch` may be shared by the selections of one tensor.
+    """
+
+    def __init__(self, scratch: np.ndarray | None = None):
+        self.size, self.scratch = 0, np.empty(0, np.intp) if scratch is None else scratch
         self.upper = np.zeros(1 << 15, np.int64)
         self.lower: dict[int, np.ndarray] = {}
         self.ranks: tuple[int, ...] = ()
@@ -56,7 +63,9 @@ class Selection:
     def count(self, bits: np.ndarray) -> None:
         """The first pass: take in a block of magnitude bits."""
         self.size += bits.size
-        count_upper(bits, self.upper)
+        if self.scratch.size < bits.size:
+            self.scratch = np.empty(bits.size, np.intp)
+        count_upper(bits, self.upper, self.scratch)
 
     def aim(self, ranks: Sequence[int]) -> None:
         """Say how many of the largest are wanted, one number or several."""

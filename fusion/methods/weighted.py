@@ -6,16 +6,20 @@ from the pivot keeps all its digits, equal targets stay exactly as they are, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
-def weighted(models: np.ndarray, weights: np.ndarray, out: np.ndarray) -> np.ndarray:
+def weighted(models: Sequence[np.ndarray], weights: np.ndarray, out: np.ndarray,
+             work: Sequence[np.ndarray] | None = None) -> np.ndarray:
     """Write Σⱼ wⱼ·modelⱼ into `out`, as the heaviest model + Σⱼ wⱼ·(modelⱼ − heaviest).
 
-    `models` [J, n] float32, `weights` [J] that sum to 1, `out` [n] float32.
+    `models` [J, n] float32, `weights` [J] that sum to 1, `out` [n] float32, `work` two arrays [n] to compute in.
     """
     base = int(np.argmax(weights))
-    shift, step = np.zeros_like(out), np.empty_like(out)
+    shift, step = work or (np.empty_like(out), np.empty_like(out))
+    shift[:] = 0
     for j, weight in enumerate(weights):
         if j != base and weight:
             np.subtract(models[j], models[base], out=step)
@@ -24,11 +28,12 @@ def weighted(models: np.ndarray, weights: np.ndarray, out: np.ndarray) -> np.nda
     return np.add(models[base], shift, out=out)
 
 
-def combine(models: np.ndarray, coefficients: np.ndarray, out: np.ndarray) -> np.ndarray:
+def combine(models: Sequence[np.ndarray], coefficients: np.ndarray, out: np.ndarray,
+            work: Sequence[np.ndarray] | None = None) -> np.ndarray:
     """Write Σⱼ cⱼ·modelⱼ into `out`: as `weighted` when the coefficients [J] sum to 1, term by term otherwise."""
     if abs(coefficients.sum() - 1) < 1e-12:
-        return weighted(models, coefficients, out)
-    step = np.empty_like(out)
+        return weighted(models, coefficients, out, work)
+    step = work[0] if work else np.empty_like(out)
     np.multiply(models[0], np.float32(coefficients[0]), out=out)
     for model, coefficient in zip(models[1:], coefficients[1:], strict=True):
         out += np.multiply(model, np.float32(coefficient), out=step)
