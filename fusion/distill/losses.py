@@ -51,6 +51,6 @@ def fusion_loss(logits: torch.Tensor, gold: torch.Tensor, ids: torch.Tensor, cha
     if lm_weight >= 1:
         plain = clm.sum() / count
         return plain, plain, plain.detach() * 0
-    fused = torch.where(chances.sum(dim=1) > 0, sparse_divergence(logits, ids, chances, kind), clm)
+    fused = torch.where(chances.sum(dim=1) == 0, clm, sparse_divergence(logits, ids, chances, kind))
     clm, fused = clm.sum() / count, fused.sum() / count
     return lm_weight * clm + (1 - lm_weight) * fused, clm, fused

@@ -1,0 +1,357 @@
+"""Pairwise fusion training: the pivot, lightly fine-tuned towards fused targets; the same function does plain fine-tuning.
+
+    result = finish(train("pivot", examples, "target-qwen", Training(lm_weight=0.9)))
+
+`transformers.Trainer` runs the loop, so `accelerate launch`, FSDP, DeepSpeed, bfloat16, gradient checkpointing and resuming
+work as people know them. Price: full-vocabulary logits of one batch, which `estimate` counts before anything starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import queue
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from fusion.checkpoint import Checkpoint
+from fusion.distill.losses import KINDS, fusion_loss
+from fusion.errors import FusionError, OutputError, RecipeError, Stopped, nearest
+from fusion.progress import Progress, Work
+
+# transformers gave the switch a new name in the course of version 5
+_CHECKPOINTING = next(item.name for item in fields(TrainingArguments)
+                      if item.name in ("activation_checkpointing", "gradient_checkpointing"))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One dialogue to learn: `ids` [T], `labels` [L] positions in it, fused targets `target_ids`, `chances` [L, K]."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    target_ids: np.ndarray
+    chances: np.ndarray
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train; the defaults are the paper's. `lm_weight` is λ: 1 is plain fine-tuning, the SFT baseline.
+
+    `batch` dialogues per device and step, `accumulate` such batches per update; `epochs` or `max_steps`; `warmup` a share of
+    all steps (from 1 on: a number of steps); `lora_rank` > 0 trains a low-rank adapter and merges it at the end; `pack` joins
+    dialogues into rows of `max_tokens`; `extra` are further TrainingArguments (fsdp, deepspeed …). Source: FuseChat, arXiv
+    2402.16107, section 4.1.
+    """
+
+    lm_weight: float = 0.9
+    kind: str = "ce"
+    learning_rate: float = 5e-6
+    epochs: float = 3.0
+    max_steps: int = -1
+    batch: int = 4
+    accumulate: int = 4
+    warmup: float = 0.03
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    dtype: str = "float32"
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    lora_rank: int = 0
+    lora_alpha: int = 16
+    pack: bool = False
+    max_tokens: int = 2048
+    seed: int = 42
+    save_steps: int = 200
+    log_steps: int = 1
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+    def check(self) -> Training:
+        """Return self, or raise RecipeError with everything that is wrong."""
+        found = []
+        if self.kind not in KINDS:
+            found.append(f"kind: unknown {self.kind!r}. {nearest(str(self.kind), KINDS)}")
+        if not 0 <= self.lm_weight <= 1:
+            found.append(f"lm_weight: {self.lm_weight} is not from 0 to 1.")
+        for name in ("learning_rate", "batch", "accumulate", "clip", "max_tokens", "save_steps", "log_steps"):
+            if not getattr(self, name) > 0:
+                found.append(f"{name}: {getattr(self, name)} is not above 0.")
+        if not (self.epochs > 0 or self.max_steps > 0):
+            found.append("epochs: give epochs or max_steps above 0.")
+        if self.lora_rank < 0:
+            found.append(f"lora_rank: {self.lora_rank} is below 0.")
+        if found:
+            raise RecipeError("\n".join(found), where="training")
+        return self
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training: its folder and the loss curve, one dict (step, loss, clm, fusion, learning_rate) per logged step."""
+
+    folder: Path
+    history: tuple[dict, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training will take: `tokens` read, `steps`, `memory_bytes` at the peak on one device, `seconds` (a rough guess)."""
+
+    tokens: int
+    steps: int
+    memory_bytes: int
+    seconds: float
+
+
+def estimate(pivot: Checkpoint, lengths: Sequence[int], training: Training, *, flops_per_s: float = 3e10) -> Estimate:
+    """Predict memory and time from headers and dialogue lengths.
+
+    Memory: weights, gradients and two AdamW moments in float32 (only the adapter's for LoRA), activations of one batch and
+    its logits twice. Time: 6 operations a parameter and token at `flops_per_s` (the default is two CPU cores).
+    """
+    longest = max(lengths, default=0) if not training.pack else training.max_tokens
+    width, layers = int(pivot.config.get("hidden_size", pivot.config.get("n_embd", 1024))), max(pivot.layers, 1)
+    vocabulary = pivot.vocab_size or 0
+    weights = pivot.parameters * (2 if training.bf16 and training.lora_rank else 4)
+    trained = pivot.parameters if not training.lora_rank else 2 * training.lora_rank * width * layers * 7
+    per_token = width * layers * (2 if training.gradient_checkpointing else 34)
+    activations = training.batch * longest * (per_token * 4 + vocabulary * 4 * 2)
+    tokens = int(sum(lengths) * training.epochs)
+    per_step = training.batch * training.accumulate
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(len(lengths) * training.epochs / per_step)
+    if training.max_steps > 0 and lengths:
+        tokens = int(np.mean(lengths) * per_step * training.max_steps)
+    return Estimate(tokens, steps, weights + trained * 12 + activations, 6.0 * pivot.parameters * tokens / flops_per_s)
+
+
+def train(pivot: str | os.PathLike, examples: Sequence[Example], out: str | os.PathLike, training: Training,
+          *, resume: bool = False) -> Work[TrainResult]:
+    """Fine-tune a copy of the pivot on the examples into the new folder `out`; yields Progress with the loss.
+
+    The folder appears whole or not at all. Unfinished work lies in a hidden sibling; `resume` continues from its last saved
+    step, otherwise it is begun anew. Closing the generator stops after the running step and keeps what `resume` needs.
+    Raises FusionError when the loss becomes NaN or infinite, OutputError when the folder exists.
+    """
+    training.check()
+    out = Path(out).absolute()
+    if os.path.lexists(out):
+        raise OutputError("exists already; nothing is ever overwritten", where=str(out), todo="Choose another folder.")
+    if not examples:
+        raise RecipeError("there is no dialogue to learn from", where="training")
+    work = out.parent / f".{out.name}.training"
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    _same_settings(work, training, len(examples))
+    trainer, watch = _trainer(pivot, examples, work, training)
+    last = _last_checkpoint(work)
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except BaseException as error:  # handed to the thread that waits
+            failure.append(error)
+        finally:
+            watch.reports.put(None)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (progress := watch.reports.get()) is not None:
+            yield progress
+    finally:
+        watch.stop.set()
+        thread.join()
+    if failure:
+        raise failure[0]
+    if watch.failed:
+        raise FusionError(watch.failed, where=str(out.name), todo="Lower the learning rate, or train with lm_weight 1 first.")
+    if watch.stopped:
+        raise Stopped("stopped", where=out.name)
+    if trainer.is_world_process_zero():
+        _save(trainer, Path(pivot), work, out)
+    trainer.accelerator.wait_for_everyone()
+    return TrainResult(out, tuple(watch.history))
+
+
+def _same_settings(work: Path, training: Training, count: int) -> None:
+    """Unfinished work of other settings must not be continued."""
+    file, mine = work / "settings.json", json.dumps({**asdict(training), "examples": count}, sort_keys=True, default=str)
+    if file.exists() and file.read_text(encoding="utf-8") != mine:
+        raise RecipeError("the unfinished training was begun with other settings or data", where=str(work),
+                          todo="Give the same settings, or start without resume.")
+    file.write_text(mine, encoding="utf-8")
+
+
+def _last_checkpoint(work: Path) -> Path | None:
+    done = [path for path in work.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(done, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _trainer(pivot: str | os.PathLike, examples: Sequence[Example], work: Path,
+             training: Training) -> tuple[FusionTrainer, _Watch]:
+    set_seed(training.seed)
+    model = AutoModelForCausalLM.from_pretrained(pivot, dtype=training.dtype, use_safetensors=True, trust_remote_code=False)
+    model.config.use_cache = False
+    if training.lora_rank:
+        model = _with_adapter(model, training)
+    arguments = TrainingArguments(
+        output_dir=str(work), per_device_train_batch_size=1 if training.pack else training.batch,
+        gradient_accumulation_steps=training.accumulate, learning_rate=training.learning_rate,
+        num_train_epochs=training.epochs, max_steps=training.max_steps, warmup_steps=training.warmup,
+        lr_scheduler_type=training.schedule, weight_decay=training.weight_decay, adam_beta1=training.betas[0],
+        adam_beta2=training.betas[1], max_grad_norm=training.clip, bf16=training.bf16,
+        **{_CHECKPOINTING: training.gradient_checkpointing}, seed=training.seed, data_seed=training.seed,
+        save_strategy="steps", save_steps=training.save_steps, save_total_limit=2, logging_steps=training.log_steps,
+        report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(), logging_nan_inf_filter=False, **dict(training.extra))
+    data = _packed(examples, training.max_tokens) if training.pack else [[example] for example in examples]
+    watch = _Watch()
+    trainer = FusionTrainer(model=model, args=arguments, train_dataset=data, data_collator=Collator(), callbacks=[watch])
+    trainer.remove_callback(PrinterCallback)
+    trainer.training, trainer.watch = training, watch
+    return trainer, watch
+
+
+def _with_adapter(model, training: Training):
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RecipeError("LoRA needs the package peft", where="lora_rank", todo="Run pip install peft.") from error
+    if training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, LoraConfig(r=training.lora_rank, lora_alpha=training.lora_alpha, target_modules="all-linear",
+                                            task_type="CAUSAL_LM"))
+
+
+def _packed(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+    """Join dialogues into rows of at most `max_tokens`: the longest first, each into the first row that has room."""
+    rows: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=lambda example: -len(example.ids)):
+        at = next((i for i, left in enumerate(room) if left >= len(example.ids)), None)
+        if at is None:
+            rows.append([])
+            room.append(max(max_tokens, len(example.ids)))
+            at = len(rows) - 1
+        rows[at].append(example)
+        room[at] -= len(example.ids)
+    return rows
+
+
+class Collator:
+    """Rows of examples to one batch: padded on the right; packed rows carry positions that begin anew with every dialogue."""
+
+    def __call__(self, rows: Sequence[Sequence[Example]]) -> dict[str, torch.Tensor]:
+        longest = max(sum(len(example.ids) for example in row) for row in rows)
+        k = max(example.target_ids.shape[1] for row in rows for example in row)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        labels = torch.full((len(rows), longest), -100)
+        positions = torch.arange(longest).repeat(len(rows), 1)
+        targets, chances, places = [], [], []
+        for i, row in enumerate(rows):
+            at = 0
+            for example in row:
+                count = len(example.ids)
+                ids[i, at:at + count] = torch.from_numpy(np.asarray(example.ids, np.int64))
+                spots = torch.from_numpy(np.asarray(example.labels, np.int64))
+                labels[i, spots + at] = ids[i, spots + at]
+                positions[i, at:] = torch.arange(longest - at)
+                places.append(i * longest + at + spots - 1)
+                width = (0, k - example.target_ids.shape[1])
+                targets.append(torch.nn.functional.pad(torch.from_numpy(example.target_ids.astype(np.int64)), width, value=-1))
+                chances.append(torch.nn.functional.pad(torch.from_numpy(example.chances.astype(np.float32)), width))
+                at += count
+        batch = {"input_ids": ids, "labels": labels, "places": torch.cat(places), "target_ids": torch.cat(targets),
+                 "chances": torch.cat(chances)}
+        return {**batch, "position_ids": positions} if any(len(row) > 1 for row in rows) else batch
+
+
+class FusionTrainer(Trainer):
+    """A Trainer whose loss is λ · language-model loss + (1 − λ) · fusion loss over the labels."""
+
+    training: Training
+    watch: _Watch
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """See Trainer; `num_items_in_batch` is the number of labels of the whole update, over all devices."""
+        labels, places = inputs["labels"], inputs["places"]
+        extra = {"position_ids": inputs["position_ids"]} if "position_ids" in inputs else {}
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False, **extra)
+        logits = outputs.logits.flatten(0, 1)[places]
+        gold = labels.flatten()[places + 1]
+        count = num_items_in_batch if num_items_in_batch is not None else len(gold)
+        loss, clm, fused = fusion_loss(logits, gold, inputs["target_ids"], inputs["chances"], self.training.lm_weight,
+                                       self.training.kind, count)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        self.watch.add(clm.detach(), fused.detach())
+        return (loss, outputs) if return_outputs else loss
+
+
+class _Watch(TrainerCallback):
+    """Reports every step, stops on request, and ends a training whose loss is no longer a number."""
+
+    def __init__(self):
+        self.reports: queue.Queue[Progress | None] = queue.Queue()
+        self.stop, self.stopped, self.failed = threading.Event(), False, ""
+        self.history: list[dict] = []
+        self._parts = [0.0, 0.0]
+
+    def add(self, clm: torch.Tensor, fused: torch.Tensor) -> None:
+        self._parts[0] += float(clm)
+        self._parts[1] += float(fused)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        parts, self._parts = [part / max(args.logging_steps, 1) for part in self._parts], [0.0, 0.0]
+        self.history.append({"step": state.global_step, "loss": logs["loss"], "clm": parts[0], "fusion": parts[1],
+                             "learning_rate": logs.get("learning_rate", 0.0)})
+        odd = next((name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))), None)
+        if odd:
+            self.failed = f"the {odd} is {logs[odd]} at step {state.global_step}"
+            control.should_training_stop = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        note = f"loss {self.history[-1]['loss']:.4f}" if self.history else ""
+        self.reports.put(Progress("Training", state.global_step, state.max_steps, "steps", note=note))
+        if self.stop.is_set():
+            self.stopped = control.should_training_stop = control.should_save = True
+
+
+def _save(trainer: FusionTrainer, pivot: Path, work: Path, out: Path) -> None:
+    """Write the model and the pivot's tokenizer into a hidden folder and give it its name."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    model.config.use_cache = True
+    hidden = work / "result"
+    shutil.rmtree(hidden, ignore_errors=True)
+    model.to(_stored_dtype(pivot)).save_pretrained(hidden)
+    AutoTokenizer.from_pretrained(pivot, trust_remote_code=False).save_pretrained(hidden)
+    (hidden / "training_history.json").write_text(json.dumps(trainer.watch.history, indent=1), encoding="utf-8")
+    if os.path.lexists(out):
+        raise OutputError("appeared while training ran", where=str(out), todo=f"The result lies in {hidden}.")
+    os.rename(hidden, out)
+    with contextlib.suppress(OSError):
+        shutil.rmtree(work)
+
+
+def _stored_dtype(pivot: Path) -> torch.dtype:
+    from fusion import dtypes
+
+    return getattr(torch, dtypes.name(Checkpoint(pivot).dtype))

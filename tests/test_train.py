@@ -1,0 +1,161 @@
+"""Fusion training on a tiny model: the loss it minimises, λ = 1, packing, resuming, Stop and failures."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fusion import Checkpoint, FusionError, OutputError, RecipeError
+from fusion.progress import finish
+from fusion.train import Collator, Estimate, Example, Training, _packed, estimate, train
+from tests.conftest import load_tensors, save_family
+
+FAST = Training(learning_rate=1e-3, batch=2, accumulate=1, max_steps=3, schedule="constant", warmup=0.0)
+
+
+@pytest.fixture(scope="module")
+def pivot(tmp_path_factory):
+    return save_family(tmp_path_factory.mktemp("pivot"), targets=0, dtype="float32")[0]
+
+
+def examples(count: int = 6, seed: int = 0, k: int = 3) -> list[Example]:
+    chance = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        length = 8 + i % 5
+        labels = np.arange(4, length)
+        made.append(Example(chance.integers(3, 300, length), labels, chance.integers(3, 300, (len(labels), k)).astype(np.int32),
+                            chance.dirichlet(np.ones(k), len(labels)).astype(np.float32)))
+    return made
+
+
+def dense_loss(model, data: list[Example], lm_weight: float) -> torch.Tensor:
+    """The loss of a batch, example by example, with dense targets over the whole vocabulary."""
+    total, count = torch.zeros(()), 0
+    for example in data:
+        logits = model(torch.from_numpy(example.ids)[None]).logits[0].float().log_softmax(-1)[example.labels - 1]
+        target = torch.zeros_like(logits)
+        for row, ids, chances in zip(target, example.target_ids, example.chances, strict=True):
+            for i, chance in zip(ids, chances, strict=True):
+                row[int(i)] += float(chance)
+        gold = torch.from_numpy(example.ids[example.labels])
+        clm = -logits.gather(1, gold[:, None]).sum()
+        total, count = total + lm_weight * clm - (1 - lm_weight) * (target * logits).sum(), count + len(gold)
+    return total / count
+
+
+def test_the_first_loss_is_the_dense_one(pivot, tmp_path):
+    data = examples(4)
+    result = finish(train(pivot, data, tmp_path / "out", Training(lm_weight=0.6, batch=2, accumulate=2, max_steps=1)))
+    model = AutoModelForCausalLM.from_pretrained(pivot)
+    assert result.history[0]["loss"] == pytest.approx(dense_loss(model, data, 0.6).item(), abs=2e-4)
+    parts = result.history[0]
+    assert 0.6 * parts["clm"] + 0.4 * parts["fusion"] == pytest.approx(parts["loss"], abs=2e-4)
+
+
+def test_a_target_is_a_checkpoint_like_the_pivot(pivot, tmp_path):
+    notes = []
+    result = finish(train(pivot, examples(), tmp_path / "out", FAST), notes.append)
+    assert [progress.done for progress in notes] == [1, 2, 3] and "loss" in notes[-1].note
+    before, after = Checkpoint(pivot), Checkpoint(result.folder)
+    assert {name: tensor.shape for name, tensor in before.info.items()} == {n: t.shape for n, t in after.info.items()}
+    assert before.dtype == after.dtype and after.vocabulary == before.vocabulary
+    assert after.chat_template == before.chat_template
+    assert any((before[name] != after[name]).any() for name in before)
+    assert json.loads((result.folder / "training_history.json").read_text()) == list(result.history)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_loss_falls(pivot, tmp_path):
+    result = finish(train(pivot, examples(2), tmp_path / "out", Training(
+        learning_rate=3e-3, batch=2, accumulate=1, max_steps=25, schedule="constant", warmup=0.0)))
+    assert result.history[-1]["loss"] < 0.7 * result.history[0]["loss"]
+
+
+def test_lambda_one_ignores_the_targets(pivot, tmp_path):
+    data = examples()
+    other = [Example(e.ids, e.labels, e.target_ids[:, ::-1] * 0 + 5, e.chances) for e in data]
+    folders = [finish(train(pivot, part, tmp_path / name, Training(**{**vars(FAST), "lm_weight": weight}))).folder
+               for name, part, weight in (("a", data, 1.0), ("b", other, 1.0), ("c", data, 0.5))]
+    tensors = [load_tensors(folder) for folder in folders]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert any(not torch.equal(tensors[0][name], tensors[2][name]) for name in tensors[0])
+
+
+def test_the_same_seed_gives_the_same_weights(pivot, tmp_path):
+    first, second = (load_tensors(finish(train(pivot, examples(), tmp_path / name, FAST)).folder) for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_packed_rows_give_the_same_loss(pivot, tmp_path):
+    data = examples(4)
+    plain = finish(train(pivot, data, tmp_path / "a", Training(batch=4, accumulate=1, max_steps=1)))
+    packed = finish(train(pivot, data, tmp_path / "b", Training(batch=4, accumulate=1, max_steps=1, pack=True, max_tokens=60)))
+    assert packed.history[0]["loss"] == pytest.approx(plain.history[0]["loss"], abs=2e-4)
+
+
+def test_packing_loses_nothing():
+    data = examples(9)
+    rows = _packed(data, 20)
+    assert sorted(id(example) for row in rows for example in row) == sorted(map(id, data))
+    assert all(sum(len(example.ids) for example in row) <= 20 for row in rows) and len(rows) < 9
+    batch = Collator()([row for row in rows if len(row) > 1][:1])
+    assert (batch["position_ids"] == 0).sum() == len(next(row for row in rows if len(row) > 1))
+
+
+def test_a_stopped_training_goes_on_where_it_was(pivot, tmp_path):
+    settings = Training(**{**vars(FAST), "max_steps": 6, "save_steps": 2})
+    whole = load_tensors(finish(train(pivot, examples(), tmp_path / "whole", settings)).folder)
+    work = train(pivot, examples(), tmp_path / "out", settings)
+    while next(work).done < 3:
+        pass
+    work.close()
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.training").is_dir()
+    with pytest.raises(RecipeError, match="other settings"):
+        finish(train(pivot, examples(), tmp_path / "out", FAST, resume=True))
+    steps = []
+    again = train(pivot, examples(), tmp_path / "out", settings, resume=True)
+    resumed = finish(again, lambda progress: steps.append(progress.done))
+    assert steps[0] >= 3 and steps[-1] == 6
+    tensors = load_tensors(resumed.folder)
+    assert all(torch.allclose(tensors[name], whole[name], atol=1e-6) for name in whole)
+    assert not (tmp_path / ".out.training").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_training(pivot, tmp_path):
+    data = examples(2)
+    data[1].chances[:] = np.nan
+    with pytest.raises(FusionError, match="loss is nan at step 1"):
+        finish(train(pivot, data, tmp_path / "out", FAST))
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_is_merged_into_the_target(pivot, tmp_path):
+    result = finish(train(pivot, examples(), tmp_path / "out", Training(**{**vars(FAST), "lora_rank": 2})))
+    before, after = Checkpoint(pivot), Checkpoint(result.folder)
+    assert set(before.info) == set(after.info)
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    assert changed and all("_proj" in name for name in changed)
+
+
+def test_refusals(pivot, tmp_path):
+    with pytest.raises(RecipeError, match=r"lm_weight.*\n.*batch"):
+        Training(lm_weight=2, batch=0).check()
+    with pytest.raises(RecipeError, match="no dialogue"):
+        finish(train(pivot, [], tmp_path / "out", FAST))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists"):
+        finish(train(pivot, examples(), tmp_path / "out", FAST))
+
+
+def test_the_estimate_grows_as_the_work_does(pivot):
+    checkpoint = Checkpoint(pivot)
+    short, long = (estimate(checkpoint, [length] * 32, FAST) for length in (100, 200))
+    assert isinstance(short, Estimate) and long.tokens == 2 * short.tokens and long.memory_bytes > short.memory_bytes
+    full, lora = (estimate(checkpoint, [100] * 32, Training(lora_rank=rank)) for rank in (0, 4))
+    assert lora.memory_bytes < full.memory_bytes
+    assert estimate(checkpoint, [100] * 32, Training(epochs=2, batch=4, accumulate=2)).steps == 8
