@@ -25,6 +25,7 @@ from fusion.preflight import Preflight, preflight
 from fusion.progress import Progress, finish
 from fusion.recipe import Override, Recipe
 from fusion.variation import MEASURES, Variation, measure
+from fusion.version import VERSION
 from fusion.weights import effective_weights
 
 __all__ = [
@@ -32,3 +33,5 @@ __all__ = [
     "OutputError", "Override", "Place", "Preflight", "Progress", "Recipe", "RecipeError", "ResourceError", "Stopped",
     "Variation", "effective_weights", "finish", "measure", "merge", "place", "preflight",
 ]
+
+__version__ = VERSION

@@ -7,26 +7,28 @@ import json
 import numpy as np
 
 from fusion.anatomy import place
-from fusion.methods import METHODS
 from fusion.plan import MergePlan
 from fusion.recipe import Recipe
+from fusion.settings import plain
 from fusion.variation import Variation
+from fusion.version import VERSION
 
 _KINDS = ("embedding", "attention", "mlp", "norm", "head", "other")
 
 
-def model_card(plan: MergePlan, recipe: Recipe, variation: Variation, weights: np.ndarray) -> str:
-    """Write the README.md of a merge as Hub-style Markdown with front matter."""
-    method = METHODS[recipe.method]
-    settings = f"granularity {recipe.granularity}, measure {recipe.measure}" if method.measured else "weights given by hand"
+def model_card(plan: MergePlan, recipe: Recipe, variation: Variation | None, weights: np.ndarray) -> str:
+    """Write the README.md of a merge as Hub-style Markdown with front matter.
+
+    `recipe` with its digests, `variation` None where nothing was measured, `weights` [T, J], [T, 0] for methods without.
+    """
+    method, count = plan.method, len(recipe.targets)
     return "\n".join([
         _front_matter(plan), f"# {method.title} merge of {' and '.join(map(_text, recipe.names))}", "",
-        f"{method.title} ({settings}) of {len(recipe.targets)} targets, weighed against the pivot {_text(plan.pivot.name)}. "
-        f"{method.summary} Made with FuseChat Studio.", "", f"    {method.formula}", "", f"Source: {method.source}.", "",
-        "## Models", "", *_models(plan, recipe, variation), "",
-        "## Merge weights", "", *_weights(variation, weights), "",
-        "The weight of every tensor is in `fusechat_variation.json`; `fusechat_recipe.yaml` runs this merge again:", "",
-        "    python -m fusion merge fusechat_recipe.yaml --out AGAIN", "",
+        f"{method.title} ({_how(recipe, method.weights)}) of {count} target{'s' * (count != 1)} with the pivot "
+        f"{_text(plan.pivot.name)}. {method.summary} Made with FuseChat Studio {VERSION}.", "",
+        f"    {method.formula}", "", f"Source: {method.source}.", "",
+        "## Models", "", *_models(plan, recipe, variation), "", *_settings(recipe), *_slices(recipe),
+        *_weights(plan, weights), *_again(recipe, variation),
         "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")', 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
         'chat = [{"role": "user", "content": "Hello!"}]',
@@ -40,28 +42,68 @@ def _front_matter(plan: MergePlan) -> str:
            "base_model_relation: merge\ntags:\n- merge\n- fusechat\n---\n"
 
 
-def _text(name: str) -> str:
-    readable = " ".join(name.encode(errors="replace").decode().split())  # a folder's name may be no valid text
+def _text(name: object) -> str:
+    readable = " ".join(str(name).encode(errors="replace").decode().split())  # a folder's name may be no valid text
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+!|&" else c for c in readable)
 
 
-def _models(plan: MergePlan, recipe: Recipe, variation: Variation) -> list[str]:
-    totals = variation.totals(recipe.measure)
-    rows = ["| model | role | relative change | elements changed | fingerprint |", "|---|---|---|---|---|",
-            f"| {_text(plan.pivot.name)} | pivot | | | `{recipe.revisions['pivot'][:12]}` |"]
-    for name in recipe.names:
-        total = totals[name]
-        rows.append(f"| {_text(name)} | target | {total['relative']:.2%} | {total['changed']:.1%} "
-                    f"| `{recipe.revisions[name][:12]}` |")
+def _how(recipe: Recipe, weights: str) -> str:
+    if recipe.measured:
+        return f"granularity {recipe.granularity}, measure {recipe.measure}"
+    return "weights given by hand" if weights else "without weights"
+
+
+def _models(plan: MergePlan, recipe: Recipe, variation: Variation | None) -> list[str]:
+    totals = variation.totals(recipe.measure) if variation is not None else {}
+    moved = "| relative change | elements changed " if totals else ""
+    rows = [f"| model | role {moved}| content digest |", f"|---|---|{'---|---|' if totals else ''}---|"]
+    for label, name in (("pivot", plan.pivot.name), *((name, name) for name in recipe.names)):
+        total = totals.get(label)
+        change = f"| {total['relative']:.2%} | {total['changed']:.1%} " if total else "| | " if totals else ""
+        role = "pivot" if label == "pivot" else "target"
+        rows.append(f"| {_text(name)} | {role} {change}| `{recipe.revisions[label][:16]}` |")
     return [*rows, "", f"Tokenizer, chat template and generation config come from the donor: {_text(plan.donor.name)}."]
 
 
-def _weights(variation: Variation, weights: np.ndarray) -> list[str]:
-    kinds = np.array([place(name).kind for name in variation.names])
-    rows = ["| part | " + " | ".join(map(_text, variation.targets)) + " |", "|---" * (len(variation.targets) + 1) + "|"]
+def _settings(recipe: Recipe) -> list[str]:
+    options = recipe.explicit().options
+    if not options and not recipe.vocabulary:
+        return []
+    rows = [f"- {_text(name)}: {_text(json.dumps(plain(value), ensure_ascii=False))}" for name, value in options.items()]
+    rows += [f"- vocabulary: {recipe.vocabulary}"] if recipe.vocabulary else []
+    return ["## Options", "", *rows, f"- seed: {recipe.seed}", ""]
+
+
+def _slices(recipe: Recipe) -> list[str]:
+    if not recipe.slices:
+        return []
+    rows, first = ["| layers of the result | come from |", "|---|---|"], 0
+    for part in recipe.slices:
+        start, stop = next(iter(part.ranges.values()))
+        origin = ", ".join(f"{_text(name)} {start} to {stop - 1}" for name, (start, stop) in part.ranges.items())
+        rows.append(f"| {first} to {first + stop - start - 1} | {origin} |")
+        first += stop - start
+    return ["## Layers", "", *rows, ""]
+
+
+def _weights(plan: MergePlan, weights: np.ndarray) -> list[str]:
+    """The mean weight of every part of the model; nothing for a method without weights."""
+    if not weights.size:
+        return []
+    names = plan.weights.names
+    numel = np.array([max(plan.pivot.info[name].numel, 1) for name in names])
+    kinds = np.array([place(name).kind for name in names])
+    rows = ["| part | " + " | ".join(map(_text, plan.recipe.names)) + " |", "|---" * (weights.shape[1] + 1) + "|"]
     for kind in _KINDS:
         inside = kinds == kind
         if inside.any():
-            mean = np.average(weights[inside], axis=0, weights=np.maximum(variation.numel[inside], 1))
+            mean = np.average(weights[inside], axis=0, weights=numel[inside])
             rows.append(f"| {kind} | " + " | ".join(f"{value:.3f}" for value in mean) + " |")
-    return rows
+    return ["## Merge weights", "", *rows, ""]
+
+
+def _again(recipe: Recipe, variation: Variation | None) -> list[str]:
+    report = "The weight of every tensor is in `fusechat_variation.json`; " if variation is not None else ""
+    return [f"{report}`fusechat_recipe.yaml` runs this merge again, and `verify` compares the result's content digest "
+            f"(`{recipe.result['digest']}`):", "",
+            "    python -m fusion merge fusechat_recipe.yaml --out AGAIN", "    python -m fusion verify FOLDER", ""]

@@ -1,4 +1,4 @@
-"""The same merge held in memory: try it at once, and after a change compute only the matrices whose weights changed.
+"""The same merge held in memory: try it at once, and after a change compute only the matrices that it touches.
 
 The numbers are the bytes that `merge` would write, so a saved folder answers with the same logits. Price: one model in its
 stored dtype stays in memory for the next change.
@@ -6,15 +6,16 @@ stored dtype stays in memory for the next change.
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fusion import dtypes
-from fusion.methods import METHODS
+from fusion import compiled, dtypes
 from fusion.plan import MergePlan
 from fusion.progress import Meter, Work
 from fusion.recipe import Recipe
@@ -40,7 +41,7 @@ class LiveResult:
 
 
 class LiveMerge:
-    """Remembers the last merge; `update` computes the tensors whose weights, models or dtype differ from it."""
+    """Remembers the last merge; `update` computes the tensors whose weights, options, models or dtype differ from it."""
 
     def __init__(self):
         self._last: dict[str, tuple[bytes, np.ndarray]] = {}  # name → what it was made of, stored numbers
@@ -52,49 +53,46 @@ class LiveMerge:
         """
         plan = MergePlan.open(recipe)
         try:
-            measured = METHODS[recipe.method].measured
-            if measured and variation is None:
+            compiled.prepare(plan.report.bytes_read)
+            if plan.measured and variation is None:
                 variation = yield from measure(plan.pivot, plan.targets, elements=plan.per_element,
                                                allow_nonfinite=recipe.allow_nonfinite)
-            ratios = plan.ratios(variation) if measured else np.zeros((len(plan.weights.names), len(plan.targets)))
+            ratios = plan.ratios(variation) if plan.measured else np.tile(plan.no_ratio(), (len(plan.number), 1))
             tensors, computed = yield from self._compute(plan, ratios)
-            return LiveResult(plan, tensors, plan.weights.table(ratios), computed)
+            return LiveResult(plan, tensors, plan.table(ratios), computed)
         finally:
-            for model in plan.models:
-                model.close()
+            plan.close()
 
     def _compute(self, plan: MergePlan, ratios: np.ndarray) -> Work[tuple[dict[str, np.ndarray], int]]:
-        number = {name: t for t, name in enumerate(plan.weights.names)}
-        models = "|".join(model.stamp for model in plan.models)
-        made_of = {name: _signature(plan, number.get(name), ratios, models) for name, _, _ in plan.outputs()}
+        models = "|".join(model.stamp for model in plan.sources.values())
+        made_of = {name: _signature(plan, name, ratios, models) for name, _, _ in plan.outputs()}
         last = self._last  # replaced as a whole, never changed: another thread may update meanwhile
         tensors = {name: last[name][1] for name, mark in made_of.items() if name in last and last[name][0] == mark}
         todo = [name for name in made_of if name not in tensors]
         meter = Meter("Merging in memory", len(todo), "tensors", sum(map(plan.read_bytes, todo)))
         for name in todo:
-            tensors[name] = _tensor(plan, name, number.get(name), ratios)
+            tensors[name] = _tensor(plan, name, ratios)
             yield meter.step(1, plan.read_bytes(name), name)
         self._last = {name: (mark, tensors[name]) for name, mark in made_of.items()}
         return tensors, len(todo)
 
 
-def _signature(plan: MergePlan, t: int | None, ratios: np.ndarray, models: str) -> bytes:
-    if t is None:
-        return models.encode()
-    if plan.weights.excluded[t]:
-        weights = b"pivot"
-    elif plan.per_element and np.isnan(plan.weights.given[t]).any():
-        weights = plan.recipe.measure.encode() + plan.weights.given[t].tobytes()
-    else:
-        weights = plan.weights.row(t, ratios[t]).tobytes()
-    return f"{models}|{plan.code(plan.weights.names[t])}|{plan.recipe.allow_nonfinite}|".encode() + weights
+def _signature(plan: MergePlan, name: str, ratios: np.ndarray, models: str) -> bytes:
+    """All that the numbers of a tensor depend on."""
+    recipe, t = plan.recipe, plan.number.get(name)
+    said = [models, recipe.slices, recipe.vocabulary, plan.code(name), recipe.allow_nonfinite]
+    if t is not None and not plan.kept(t):
+        said += [recipe.method, plan.parts[t].tolist(), plan.weighing(t, ratios[t])]
+        said += [value.tolist() if isinstance(value, np.ndarray) else value for _, value in sorted(plan.arguments(t).items())]
+        said += [recipe.seed, recipe.names] if plan.method.random else []
+    return repr(said).encode(errors="backslashreplace")
 
 
-def _tensor(plan: MergePlan, name: str, t: int | None, ratios: np.ndarray) -> np.ndarray:
-    info, code = plan.pivot.info[name], plan.code(name)
-    if t is None:
+def _tensor(plan: MergePlan, name: str, ratios: np.ndarray) -> np.ndarray:
+    if name not in plan.number:
         return np.frombuffer(plan.pivot.raw(name), np.uint8)
-    result = np.empty(info.numel, dtypes.stored_type(code))
+    t = plan.number[name]
+    result = np.empty(plan.pivot.info[name].numel, dtypes.stored_type(plan.code(name)))
     for start, stored in plan.blocks(t, ratios[t], threading.Event()):
         result[start:start + len(stored)] = stored
     return result
@@ -104,8 +102,11 @@ def chat_model(result: LiveResult, name: str) -> ChatModel:
     """Make a merge in memory ready to chat with; see `chat.from_tensors` for dtypes and errors."""
     from fusion import chat
 
-    plan = result.plan
-    return chat.from_tensors(state_dict(result), plan.dtype, plan.pivot.folder, plan.donor.folder, name)
+    with tempfile.TemporaryDirectory(prefix="fusechat-") as scratch:
+        folder = Path(scratch)
+        for file, content in result.plan.small_files():
+            (folder / file).write_bytes(content)
+        return chat.from_tensors(state_dict(result), result.plan.dtype, folder, folder, name)
 
 
 def state_dict(result: LiveResult) -> dict:

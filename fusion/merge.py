@@ -8,124 +8,236 @@ Price: weights pooled over several tensors (layer, module, model) need every byt
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import secrets
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from fusion import compiled, dtypes
 from fusion.card import model_card
-from fusion.checkpoint import Checkpoint
+from fusion.checkpoint_stack import InputDigests
+from fusion.digest import TensorDigest, checkpoint_digest, digest_checkpoint
+from fusion.errors import CheckpointError, RecipeError
 from fusion.plan import MergePlan
-from fusion.progress import Meter, Progress, Work
+from fusion.progress import Meter, Work
 from fusion.recipe import Recipe
 from fusion.variation import THREADS, TensorSums, Variation, gather, measure, sum_tensor
+from fusion.version import VERSION
+from fusion.weights import measured_weights
 from fusion.writer import MAX_SHARD_BYTES, CheckpointWriter
 
 RECIPE_FILE, VARIATION_FILE = "fusechat_recipe.yaml", "fusechat_variation.json"
-_DONOR_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-                "generation_config.json", "preprocessor_config.json", "processor_config.json")
+_LEAVE = "Do not change a checkpoint while it is merged."
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """A finished merge: its folder, the recipe with resolved revisions, the variation and the weights [T, J] it used."""
+    """A finished merge: its folder, the recipe with content digests, and facts that came for free.
+
+    `variation` is None where nothing was measured; `weights` [T, J] as used, [T, 0] for a method without weights; `parameters`
+    of the pivot and of the result; `finite` whether all numbers of the result are.
+    """
 
     folder: Path
     recipe: Recipe
-    variation: Variation
+    variation: Variation | None
     weights: np.ndarray
+    tensors: int
+    parameters: tuple[int, int]
+    finite: bool
 
 
-def merge(recipe: Recipe, out: str | os.PathLike, *, variation: Variation | None = None,
-          max_shard_bytes: int = MAX_SHARD_BYTES) -> Work[MergeResult]:
+class Sink(Protocol):
+    """Where merged tensors go: `write` gets the stored numbers of a tensor's flat elements from `start` on, `done` what is
+    known of it after its last block. `todo` are the names to merge, in this order; `finished` the notes of all others."""
+
+    todo: Sequence[str]
+    finished: Mapping[str, Mapping]
+
+    def write(self, name: str, start: int, stored: np.ndarray | bytes) -> None: ...
+
+    def done(self, name: str, notes: Mapping) -> None: ...
+
+
+@dataclass
+class Computed:
+    """What computing all tensors gave: digests of the result and, as far as they were read, of the inputs by model and tensor."""
+
+    variation: Variation | None
+    weights: np.ndarray
+    outputs: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)
+    finite: bool = True
+
+    @property
+    def digest(self) -> str:
+        """The content digest of the result."""
+        return checkpoint_digest(self.outputs)
+
+
+def merge(recipe: Recipe, out: str | os.PathLike, *, variation: Variation | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
+          resume: bool = False, places: Mapping[str, Path] | None = None, stages: Sequence[Recipe] = ()) -> Work[MergeResult]:
     """Run a recipe into the new folder `out`; yields Progress, returns the MergeResult.
 
-    `variation` skips measuring when it is already known for these very checkpoints. Every FusionError leaves no folder
-    behind, and so does closing the generator.
+    `variation` skips measuring when it is already known for these very checkpoints. `resume` goes on after the last finished
+    shard of a merge that was killed. `places` and `stages` are for `merge_stages`: where earlier results lie, and their
+    recipes. Every FusionError leaves no folder behind, and so does closing the generator.
     """
-    plan = MergePlan.open(recipe, out)
+    plan = MergePlan.open(recipe, out, places)
     try:
-        if plan.pools_tensors and variation is None:
-            variation = yield from measure(plan.pivot, plan.targets, allow_nonfinite=recipe.allow_nonfinite)
-        with CheckpointWriter(out, plan.outputs(), max_shard_bytes) as writer:
-            variation, weights = yield from _stream(plan, writer, variation)
-            recipe = resolved(plan)
-            for name, content in side_files(plan, recipe, variation, weights):
+        marks = {label: model.stamp for label, model in plan.sources.items()}
+        with CheckpointWriter(out, plan.outputs(), max_shard_bytes, resume=resume, plan_digest=plan.digest) as writer:
+            computed = yield from compute(plan, writer, variation)
+            recipe = yield from resolved(plan, computed)
+            check_unchanged(plan, marks)
+            for name, content in side_files(plan, recipe, computed, stages):
                 writer.write_file(name, content)
-            return MergeResult(writer.finish(), recipe, variation, weights)
+            folder = writer.finish()
+        shapes = (int(np.prod(shape, dtype=np.int64)) for name, _, shape in plan.outputs() if name in plan.number)
+        return MergeResult(folder, recipe, computed.variation, computed.weights, len(plan.number),
+                           (plan.sources["pivot"].parameters, sum(shapes)), computed.finite)
     finally:
-        for model in plan.models:
-            model.close()
+        plan.close()
 
 
-def resolved(plan: MergePlan) -> Recipe:
-    """The recipe with the fingerprint of every checkpoint it was run on."""
-    return plan.recipe.with_(revisions={name: model.fingerprint for name, model in plan.labelled.items()})
+def merge_stages(recipes: Sequence[Recipe], out: str | os.PathLike, *, max_shard_bytes: int = MAX_SHARD_BYTES,
+                 resume: bool = False) -> Work[MergeResult]:
+    """Run the stages of a recipe file one after the other; the last one's result is `out`.
+
+    The others' results lie in hidden folders beside `out` meanwhile and are removed whatever happens.
+    """
+    *earlier, last = recipes
+    out, places, done = Path(out).absolute(), {}, []
+    scratch = out.parent / f".{out.name}.stages-{secrets.token_hex(4)}"
+    try:
+        for recipe in earlier:
+            result = yield from merge(recipe, scratch / recipe.name, max_shard_bytes=max_shard_bytes, places=places)
+            places[recipe.name] = result.folder
+            done.append(result.recipe)
+        return (yield from merge(last, out, max_shard_bytes=max_shard_bytes, resume=resume, places=places, stages=done))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def side_files(plan: MergePlan, recipe: Recipe, variation: Variation, weights: np.ndarray) -> Iterator[tuple[str, bytes | str]]:
-    """Everything beside the weights: config, the donor's files, recipe, variation report and model card."""
-    config = {key: value for key, value in plan.pivot.config.items() if key not in ("torch_dtype", "_name_or_path")}
-    yield "config.json", json.dumps({**config, "dtype": plan.dtype}, indent=2) + "\n"
-    for name in _donor_files(plan.donor):
-        yield name, (plan.donor.folder / name).read_bytes()
-    report = variation.to_dict(recipe.granularity, recipe.measure, weights)
-    yield VARIATION_FILE, json.dumps(report, indent=1) + "\n"
-    yield RECIPE_FILE, recipe.to_yaml()
-    yield "README.md", model_card(plan, recipe, variation, weights)
-
-
-def _donor_files(donor: Checkpoint) -> list[str]:
-    return [name for name in _DONOR_FILES if (donor.folder / name).is_file()]
-
-
-def _stream(plan: MergePlan, writer: CheckpointWriter, variation: Variation | None) -> Iterator[Progress]:
-    """Merge and write every tensor; returns the variation and the effective weights [T, J]."""
-    names = plan.weights.names
-    ratios = plan.ratios(variation) if variation is not None else None
-    meter = Meter("Merging", len(names), "tensors", plan.report.bytes_read + plan.report.bytes_written)
-    stop, sums, weights = threading.Event(), {}, np.zeros((len(names), len(plan.targets)))
-    yield meter.step()
-
-    def one(t: int) -> None:
-        measured = None if ratios is not None else _measured(plan, t, stop)
-        ratio = ratios[t] if measured is None else _ratio(plan, t, measured)
-        for start, stored in plan.blocks(t, ratio, stop):
-            writer.write(names[t], start, stored)
-        weights[t] = 0 if plan.weights.excluded[t] else plan.weights.row(t, ratio)
-        if measured is not None:
-            sums[names[t]] = measured
-
-    for name in plan.pivot.info.keys() - set(names) - plan.pivot.tied_copies:  # counters and masks, not weights
-        writer.write(name, 0, plan.pivot.raw(name))
+def compute(plan: MergePlan, sink: Sink, variation: Variation | None = None) -> Work[Computed]:
+    """Merge every tensor of a plan into `sink`; yields Progress, returns what is known then. Any sink gets the same bytes."""
+    compiled.prepare(plan.report.bytes_read)
+    if plan.pools_tensors and variation is None:
+        variation = yield from measure(plan.pivot, plan.targets, allow_nonfinite=plan.recipe.allow_nonfinite)
+    ratios = plan.ratios(variation) if plan.measured and variation is not None else None
+    notes = dict(sink.finished)
+    sizes = {name: plan.read_bytes(name) + plan.output_bytes(name) for name, _, _ in plan.outputs()}
+    meter, stop = Meter("Merging", len(sizes), "tensors", sum(sizes.values())), threading.Event()
+    yield meter.step(len(notes), sum(sizes[name] for name in notes))
     with ThreadPoolExecutor(THREADS) as pool:
         try:
-            jobs = {pool.submit(one, t): t for t in range(len(names))}
+            jobs = {pool.submit(merge_tensor, plan, name, sink, stop, ratios): name for name in sink.todo}
             for job in as_completed(jobs):
-                job.result()
-                name = names[jobs[job]]
-                yield meter.step(1, plan.read_bytes(name) + writer.slots[name].nbytes, name)
+                name = jobs[job]
+                notes[name] = job.result()
+                yield meter.step(1, sizes[name], name)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    if variation is None:
+    return collect(plan, notes, variation)
+
+
+def merge_tensor(plan: MergePlan, name: str, sink: Sink, stop: threading.Event, ratios: np.ndarray | None) -> dict:
+    """Merge one tensor into `sink` and return its notes, plain data for `collect`.
+
+    `ratios` [T, J] are the measured ratios; None means that each tensor is measured by itself, as far as it must be.
+    """
+    code, shape = plan.code(name), plan.pivot.info[name].shape
+    digests, output = InputDigests(plan.sources), TensorDigest(code, shape)
+    notes: dict = {}
+    if name in plan.number:
+        t = plan.number[name]
+        ratio = plan.no_ratio() if ratios is None else ratios[t]
+        if plan.measured and ratios is None:
+            sums = sum_tensor(name, plan.pivot, plan.targets, stop, plan.per_element, plan.recipe.allow_nonfinite)
+            notes["sums"], ratio = _plain(sums), _ratio(plan, t, sums)
+        finite = True
+        for start, stored in plan.blocks(t, ratio, stop, digests):
+            finite = finite and not (plan.recipe.allow_nonfinite and dtypes.overflowed(stored, code))
+            output.update(start * dtypes.ITEM_BYTES[code], stored)
+            sink.write(name, start, stored)
+        notes |= {"weights": plan.row(t, ratio).tolist(), "finite": finite}
+    else:  # counters and masks, not weights
+        stored = plan.pivot.raw(name)
+        output.update(0, stored)
+        sink.write(name, 0, stored)
+    notes |= {"output": output.value(), "inputs": digests.values}
+    sink.done(name, notes)
+    return notes
+
+
+def collect(plan: MergePlan, notes: Mapping[str, Mapping], variation: Variation | None = None) -> Computed:
+    """Put the notes of all tensors together, wherever each of them was merged."""
+    names = plan.weights.names
+    if plan.measured and variation is None:
+        sums = {name: TensorSums(**{part: np.array(value) for part, value in notes[name]["sums"].items()}) for name in names}
         variation = gather(plan.pivot, plan.targets, names, sums, plan.per_element)
-    return variation, weights
+    weights = np.array([notes[name]["weights"] for name in names], np.float64).reshape(len(names), -1)
+    made = Computed(variation if plan.measured else None, weights, finite=all(notes[name]["finite"] for name in names))
+    for name, its in notes.items():
+        made.outputs[name] = its["output"]
+        for label, known in its["inputs"].items():
+            made.inputs.setdefault(label, {}).update(known)
+    return made
 
 
-def _measured(plan: MergePlan, t: int, stop: threading.Event) -> TensorSums:
-    return sum_tensor(plan.weights.names[t], plan.pivot, plan.targets, stop, plan.per_element, plan.recipe.allow_nonfinite)
+def resolved(plan: MergePlan, computed: Computed) -> Work[Recipe]:
+    """The recipe with every default written out, and the content digests of its checkpoints and of the result; yields Progress.
+
+    Reads what the merge did not. RecipeError when the recipe names other digests: it was made for other weights.
+    """
+    revisions = {}
+    for label, model in plan.sources.items():
+        revisions[label] = yield from digest_checkpoint(model, computed.inputs.get(label, {}))
+        if plan.recipe.revisions.get(label, revisions[label]) != revisions[label]:
+            raise RecipeError("this is not the checkpoint the recipe was run on", where=label,
+                              todo="Give the same checkpoint, or remove `revisions` from the recipe.")
+    return plan.recipe.explicit().with_(revisions=revisions, result={"engine": VERSION, "digest": computed.digest})
+
+
+def check_unchanged(plan: MergePlan, stamps: Mapping[str, str]) -> None:
+    """CheckpointError when a file of a source is no longer the one that was opened; `stamps` by the source's name."""
+    for label, model in plan.sources.items():
+        try:
+            now = model.stamp
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} went away while it was merged", where=model.name, todo=_LEAVE) from error
+        if now != stamps[label]:
+            file = next(iter(set(ast.literal_eval(now)) ^ set(ast.literal_eval(stamps[label]))))[0]
+            raise CheckpointError(f"{file} was changed while it was merged", where=model.name, todo=_LEAVE)
+
+
+def side_files(plan: MergePlan, recipe: Recipe, computed: Computed,
+               stages: Sequence[Recipe] = ()) -> Iterator[tuple[str, bytes | str]]:
+    """Everything beside the weights: config, the donor's files, recipe with its earlier stages, report and model card."""
+    yield from plan.small_files()
+    if computed.variation is not None:
+        report = computed.variation.to_dict(recipe.granularity, recipe.measure, computed.weights)
+        yield VARIATION_FILE, json.dumps(report, indent=1) + "\n"
+    yield RECIPE_FILE, "---\n".join(stage.to_yaml() for stage in (*stages, recipe))
+    yield "README.md", model_card(plan, recipe, computed.variation, computed.weights)
+
+
+def _plain(sums: TensorSums) -> dict:
+    return {part: np.asarray(value).tolist() for part, value in vars(sums).items()}
 
 
 def _ratio(plan: MergePlan, t: int, sums: TensorSums) -> np.ndarray:
     """Ratios [J] of one tensor that is a unit of its own."""
     name = plan.weights.names[t]
     alone = gather(plan.pivot, plan.targets, (name,), {name: sums}, plan.per_element)
-    granularity = "parameter" if plan.per_element else "matrix"
-    return alone.ratios(granularity, plan.recipe.measure)[0]
+    return measured_weights(plan.recipe, alone)[0]

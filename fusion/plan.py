@@ -1,50 +1,100 @@
 """Plan purely, then touch the disk: what a recipe means for every tensor, and the arithmetic of one tensor in blocks.
 
-`merge` writes these blocks to a folder, `live` keeps them in memory; both get the same bytes.
+`merge` writes these blocks to a folder, `live` keeps them in memory, others only digest them; all get the same bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from fusion import dtypes
 from fusion.checkpoint import Checkpoint
-from fusion.errors import MismatchError, RecipeError, Stopped
-from fusion.methods import METHODS, elementwise, weighted
-from fusion.preflight import Preflight, mergeable_names, preflight
+from fusion.checkpoint_stack import CheckpointStack, InputDigests
+from fusion.errors import MismatchError, RecipeError
+from fusion.methods import METHODS, Method, elementwise
+from fusion.preflight import Finding, Preflight, mergeable_names, preflight
 from fusion.recipe import Recipe
-from fusion.variation import BLOCK, Variation, nonfinite
-from fusion.weights import WeightPlan
+from fusion.slices import PIVOT, restack
+from fusion.sources import open_checkpoint
+from fusion.variation import Variation, nonfinite
+from fusion.weights import OptionPlan, WeightPlan, measured_weights
+
+_DONOR_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+                "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+                "generation_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A checked recipe with its checkpoints open; nothing was read but headers."""
+    """A checked recipe with its checkpoints open; nothing was read but headers.
+
+    `sources` are the checkpoints as they are ("pivot" and the targets' names), `pivot` and `targets` the same with the tensor
+    names, layers and vocabulary of the result. `parts` [T, J] says which targets take part in a tensor; `files` replace the
+    donor's files of the same name.
+    """
 
     recipe: Recipe
+    sources: Mapping[str, Checkpoint]
     pivot: Checkpoint
     targets: tuple[Checkpoint, ...]
     weights: WeightPlan
+    options: OptionPlan
+    parts: np.ndarray
     report: Preflight
+    files: Mapping[str, bytes | str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, recipe: Recipe, out: str | os.PathLike | None = None) -> MergePlan:
-        """Open the checkpoints of a recipe and run the preflight; FusionError for the first thing in the way."""
+    def open(cls, recipe: Recipe, out: str | os.PathLike | None = None, places: Mapping[str, Path] | None = None) -> MergePlan:
+        """Open the checkpoints of a recipe and run the preflight; FusionError for the first thing in the way.
+
+        `out` None means that the result stays in memory. `places` says where models lie that the recipe calls by a name:
+        the results of earlier stages.
+        """
         recipe.check()
-        pivot = Checkpoint(recipe.pivot, recipe.pivot_name)
-        targets = tuple(Checkpoint(path, name) for path, name in zip(recipe.targets, recipe.names, strict=True))
-        report = preflight(pivot, targets, out=out, dtype=recipe.dtype or None).raise_if_bad()
-        plan = cls(recipe, pivot, targets, WeightPlan.of(recipe, mergeable_names(pivot)), report)
-        for label, fingerprint in recipe.revisions.items():
-            if label in plan.labelled and plan.labelled[label].fingerprint != fingerprint:
-                raise RecipeError("this is not the checkpoint the recipe was run on", where=label,
-                                  todo="Give the same checkpoint, or remove `revisions` from the recipe.")
-        return plan
+        method = METHODS[recipe.method]
+        refs = [(places or {}).get(ref, ref) for ref in (recipe.pivot, *recipe.targets)]
+        opened = [open_checkpoint(ref, name) for ref, name in zip(refs, (recipe.pivot_name, *recipe.names), strict=True)]
+        sources = dict(zip((PIVOT, *recipe.names), opened, strict=True))
+        pivot, *targets = opened
+        files: Mapping[str, bytes | str] = {}
+        if recipe.vocabulary:
+            from fusion.vocabulary import unify  # reads tokenizers, which only few merges need
+
+            pivot, targets, files = unify(pivot, targets, recipe.vocabulary)
+        named, findings = None, ()
+        if recipe.slices:
+            stacked = restack(dict(zip(sources, (pivot, *targets), strict=True)), recipe.slices,
+                              recipe.measured or method.reads_pivot(recipe.options, len(targets)))
+            pivot, *targets = stacked.models.values()
+            named, findings = stacked.parts, tuple(Finding("warning", "", "config", text) for text in stacked.warnings)
+        report = preflight(pivot, targets, out=out, dtype=recipe.dtype or None, method=recipe.method, in_memory=out is None)
+        report = replace(report, findings=report.findings + findings).raise_if_bad()
+        names = mergeable_names(pivot)
+        parts = np.ones((len(names), len(targets)), bool)
+        if named is not None:
+            parts[:] = [[target in named[name] for target in recipe.names] for name in names]
+            _check_parts(parts, names, method)
+        return cls(recipe, sources, pivot, tuple(targets), WeightPlan.of(recipe, names), OptionPlan.of(recipe, names), parts,
+                   report, files)
+
+    def close(self) -> None:
+        """Close the files of all checkpoints."""
+        for model in self.sources.values():
+            model.close()
+
+    @property
+    def method(self) -> Method:
+        """The merge method."""
+        return METHODS[self.recipe.method]
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:
@@ -52,24 +102,36 @@ class MergePlan:
         return (self.pivot, *self.targets)
 
     @property
-    def labelled(self) -> dict[str, Checkpoint]:
-        """The checkpoints by the names that a recipe has for them: "pivot" and the targets' names."""
-        return dict(zip(("pivot", *self.recipe.names), self.models, strict=True))
-
-    @property
     def donor(self) -> Checkpoint:
         """The checkpoint that gives tokenizer, chat template and generation config."""
-        return self.labelled[self.recipe.donor]
+        return self.sources[self.recipe.donor]
+
+    @property
+    def measured(self) -> bool:
+        """Whether some weight is a measured ratio."""
+        return self.recipe.measured
 
     @property
     def pools_tensors(self) -> bool:
         """Whether a tensor's weights depend on other tensors, so that all must be measured before the first is merged."""
-        return METHODS[self.recipe.method].measured and self.recipe.granularity in ("layer", "module", "model")
+        return self.measured and self.recipe.granularity in ("layer", "module", "model")
 
     @property
     def per_element(self) -> bool:
-        """Whether every element has weights of its own."""
-        return METHODS[self.recipe.method].measured and self.recipe.granularity == "parameter"
+        """Whether elements are measured one by one."""
+        return self.measured and self.recipe.granularity == "parameter"
+
+    @cached_property
+    def number(self) -> dict[str, int]:
+        """Name → number of the tensors that are merged; others are copied from the pivot."""
+        return {name: t for t, name in enumerate(self.weights.names)}
+
+    @cached_property
+    def digest(self) -> str:
+        """A mark of what is merged how, from the recipe and the files' stamps: the same plan gives the same bytes."""
+        said = {**self.recipe.to_dict(), "revisions": {}, "result": {}}
+        marks = [json.dumps(said, sort_keys=True), *(model.stamp for model in self.sources.values())]
+        return hashlib.sha256("\0".join(marks).encode(errors="backslashreplace")).hexdigest()
 
     def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """Name, dtype code and shape of every tensor of the result, in the pivot's order."""
@@ -81,49 +143,152 @@ class MergePlan:
         """Name of the dtype that most of the result is stored with."""
         return self.recipe.dtype or dtypes.name(self.pivot.dtype)
 
+    @cached_property
+    def config(self) -> dict:
+        """The result's config.json."""
+        config = {key: value for key, value in self.pivot.config.items() if key not in ("torch_dtype", "_name_or_path")}
+        if not self.pivot.tied:  # a config may say tied beside a head that is stored and differs
+            config = _untied(config)
+            if isinstance(config.get("text_config"), dict):
+                config["text_config"] = _untied(config["text_config"])
+        return {**config, "dtype": self.dtype}
+
+    def small_files(self) -> Iterator[tuple[str, bytes]]:
+        """The files that make a model of the weights: config, tokenizer, chat template, generation config."""
+        yield "config.json", json.dumps(self.config, indent=2).encode() + b"\n"
+        for name in _DONOR_FILES:
+            own, file = self.files.get(name), self.donor.file(name)
+            if own is not None:
+                yield name, own.encode() if isinstance(own, str) else own
+            elif file.is_file():
+                yield name, file.read_bytes()
+
     def code(self, name: str) -> str:
         """The dtype code that a tensor is stored with."""
         stored = self.pivot.info[name].dtype
         return dtypes.code(self.recipe.dtype) if self.recipe.dtype and stored in dtypes.FLOATS else stored
 
+    def kept(self, t: int) -> bool:
+        """Whether tensor `t` is the pivot's own: excluded, or without a target that takes part in it."""
+        return bool(self.weights.excluded[t]) or not self.parts[t].any()
+
+    def readers(self, t: int) -> list[int]:
+        """Which models (0 = pivot, 1 … J the targets) merging tensor `t` reads."""
+        if self.kept(t):
+            return [0]
+        part = [int(j) + 1 for j in np.flatnonzero(self.parts[t])]
+        return [0, *part] if self._reads_pivot(t) else part
+
     def read_bytes(self, name: str) -> int:
-        """Bytes that merging this tensor reads, all models together."""
-        return sum(model.info[name].nbytes for model in self.models)
+        """Bytes that merging this tensor reads at least once, all models together."""
+        models = self.readers(self.number[name]) if name in self.number else [0]
+        return sum(self.models[i].info[name].nbytes for i in models)
+
+    def output_bytes(self, name: str) -> int:
+        """Bytes of this tensor in the result."""
+        return self.pivot.info[name].numel * dtypes.ITEM_BYTES[self.code(name)]
 
     def ratios(self, variation: Variation) -> np.ndarray:
-        """The measured ratios [T, J] at the recipe's granularity and measure."""
+        """What variation gives as weights [T, J], at the recipe's granularity."""
         if (variation.names, variation.targets) != (self.weights.names, self.recipe.names):
             raise MismatchError("the variation was measured on other models", todo="Measure these models again.")
-        return variation.ratios(self.recipe.granularity, self.recipe.measure)
+        return measured_weights(self.recipe, variation)
 
-    def blocks(self, t: int, ratio: np.ndarray, stop: threading.Event) -> Iterator[tuple[int, np.ndarray]]:
+    def no_ratio(self) -> np.ndarray:
+        """What stands for the ratio [J] of a tensor where nothing is measured."""
+        return np.zeros(len(self.targets))
+
+    def row(self, t: int, ratio: np.ndarray) -> np.ndarray:
+        """Effective weights [J] of tensor `t`, or [0] of a method without weights; 0 where a target takes no part."""
+        row = self.weights.row(t, ratio)
+        if self.kept(t):
+            return np.zeros_like(row)
+        if not row.size or self.parts[t].all():
+            return row
+        row = np.where(self.parts[t], row, 0.0)
+        if self.weights.kind != "shares":
+            return row
+        return row / row.sum() if row.sum() > 0 else self.parts[t] / self.parts[t].sum()
+
+    def table(self, ratios: np.ndarray) -> np.ndarray:
+        """Effective weights [T, J] of all tensors from their measured ratios [T, J]."""
+        rows = [self.row(t, ratios[t]) for t in range(len(self.number))]
+        return np.array(rows, np.float64).reshape(self.weights.numbers.shape)
+
+    def weighing(self, t: int, ratio: np.ndarray) -> list[float] | tuple:
+        """What tensor `t` is weighed by, as plain data: two equal answers weigh it alike."""
+        if not self._weighs_elements(t):
+            return self.row(t, ratio).tolist()
+        return "element", self.recipe.measure, self.weights.fixed(t, ratio).tolist()
+
+    def arguments(self, t: int) -> dict[str, object]:
+        """The method's options for tensor `t`, by the names of its arguments; [targets that take part] where one for each."""
+        return {name: value[self.parts[t]] if isinstance(value, np.ndarray) else value
+                for name, value in self.options.row(t).items()}
+
+    def blocks(self, t: int, ratio: np.ndarray, stop: threading.Event,
+               digests: InputDigests | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Merge tensor number `t` whose measured ratios are `ratio` [J]; yields (first element, stored numbers).
 
-        float32 arithmetic, one cast. CheckpointError when a number read or made is NaN or Inf and that is not allowed.
+        float32 arithmetic, one cast. `digests` takes in what is read. CheckpointError when a number read or made is NaN or
+        Inf and that is not allowed.
         """
         name = self.weights.names[t]
-        numel, code = self.pivot.info[name].numel, self.code(name)
-        size = min(BLOCK, max(numel, 1))
-        base, result = np.empty(size, np.float32), np.empty(size, np.float32)
-        models = np.empty((len(self.targets), size), np.float32)
-        for start in range(0, numel, BLOCK):
-            if stop.is_set():
-                raise Stopped("stopped")
-            n = min(BLOCK, numel - start)
-            block = self.pivot.read(name, start, start + n, base)
-            for j, target in enumerate(self.targets):
-                target.read(name, start, start + n, models[j])
-            with np.errstate(over="ignore", invalid="ignore"):  # found two lines below
-                sound = np.isfinite(block).all() and np.isfinite(models[:, :n]).all()
-                stored = dtypes.encode(self._merge(t, ratio, block, models[:, :n], result[:n]), code)
-            if not self.recipe.allow_nonfinite and (not sound or dtypes.overflowed(stored, code)):
-                raise nonfinite(name, self.models)
-            yield start, stored
+        code, at = self.code(name), 0
+        merged = self._merged(t, ratio, self._stack(t, stop, digests))
+        while True:
+            with np.errstate(over="ignore", invalid="ignore"):  # the stack and the line below find what is not finite
+                block = next(merged, None)
+                if block is None:
+                    break
+                stored = dtypes.encode(block, code)
+            if not self.recipe.allow_nonfinite and dtypes.overflowed(stored, code):
+                raise nonfinite(name, [self.models[i] for i in self.readers(t)])
+            yield at, stored
+            at += len(stored)
+        if at != self.pivot.info[name].numel:
+            raise RuntimeError(f"{self.recipe.method} gave {at} of {self.pivot.info[name].numel} numbers of {name}")
 
-    def _merge(self, t: int, ratio: np.ndarray, pivot: np.ndarray, models: np.ndarray, out: np.ndarray) -> np.ndarray:
-        if self.weights.excluded[t]:
-            return pivot
-        given = self.weights.given[t]
-        if self.per_element and np.isnan(given).any():
-            return elementwise(pivot, models, given, out, power=2 if self.recipe.measure == "square" else 1)
-        return weighted(models, self.weights.row(t, ratio), out)
+    def _merged(self, t: int, ratio: np.ndarray, stack: CheckpointStack) -> Iterator[np.ndarray]:
+        """The float32 blocks of tensor `t`, in order."""
+        if self.kept(t):
+            return (block.pivot for block in stack.blocks())
+        if self._weighs_elements(t):
+            fixed, power = self.weights.fixed(t, ratio)[self.parts[t]], 2 if self.recipe.measure == "square" else 1
+            return (elementwise(block.pivot, block.models, fixed, np.empty_like(block.pivot), power=power)
+                    for block in stack.blocks())
+        row = self.row(t, ratio)
+        weights = row[self.parts[t]] if row.size else np.ones(stack.count)
+        return self.method.run(stack, weights, **self.arguments(t))
+
+    def _weighs_elements(self, t: int) -> bool:
+        """Whether every element of tensor `t` has weights of its own: VARM at granularity parameter."""
+        return self.per_element and self.recipe.method == "varm" \
+            and bool(np.isnan(self.weights.fixed(t, self.no_ratio())[self.parts[t]]).any())
+
+    def _reads_pivot(self, t: int) -> bool:
+        options = {name.rstrip("_"): value for name, value in self.options.row(t).items()}
+        return self._weighs_elements(t) or self.method.reads_pivot(options, int(self.parts[t].sum()))
+
+    def _stack(self, t: int, stop: threading.Event, digests: InputDigests | None) -> CheckpointStack:
+        name, readers = self.weights.names[t], self.readers(t)
+        keys = tuple(key(self.recipe.seed, name, self.recipe.names[i - 1]) for i in readers if i)
+        return CheckpointStack(name, self.pivot, readers[0] == 0, [self.models[i] for i in readers if i], keys, stop, digests,
+                               self.recipe.allow_nonfinite)
+
+
+def key(seed: int, tensor: str, target: str) -> int:
+    """The 64-bit number that seeds what is random in one tensor of one target: the first 8 bytes of a SHA-256."""
+    text = f"{seed}\0{tensor}\0{target}".encode(errors="backslashreplace")
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+
+
+def _untied(config: dict) -> dict:
+    return {**config, "tie_word_embeddings": False} if config.get("tie_word_embeddings") else {**config}
+
+
+def _check_parts(parts: np.ndarray, names: list[str], method: Method) -> None:
+    few = next((t for t, count in enumerate(parts.sum(axis=1)) if 0 < count < method.min_targets), None)
+    if few is not None:
+        raise RecipeError(f"{names[few]} has {parts[few].sum()} target, {method.name} merges at least {method.min_targets}",
+                          where="slices", todo="Name more targets in this slice.")

@@ -111,10 +111,11 @@ def test_every_option_reaches_the_recipe(run, folders, tmp_path):
                          "--exclude", "lm_*", "--dtype", "float32", "--donor", "b", "--max-shard-gb", "0.001",
                          "--allow-nonfinite", "--json", "--out", tmp_path / "out")
     recipe = Recipe.load(tmp_path / "out/fusechat_recipe.yaml")
-    assert status == 0 and recipe.with_(revisions={}) == Recipe(
+    assert status == 0 and recipe.with_(revisions={}, result={}) == Recipe(
         folders[0], tuple(folders[1:]), method="linear", weights=(1, 3), overrides=(Override(UP, {"a": .7}),), exclude=("lm_*",),
-        dtype="float32", donor="b", allow_nonfinite=True)
-    assert strict(out) == {"folder": str(tmp_path / "out"), "recipe": recipe.to_dict(), "tensors": 2}
+        dtype="float32", donor="b", allow_nonfinite=True, options={"normalize": True})
+    assert strict(out) == {"folder": str(tmp_path / "out"), "recipe": recipe.to_dict(), "tensors": 2,
+                           "parameters": {"pivot": 12, "result": 12}, "finite": True}
 
 
 def test_merge_runs_a_recipe_file(run, folders, tmp_path):
@@ -139,7 +140,7 @@ def test_methods_lists_every_method(run):
     (["variation", "{0}", "{1}", "--measure", "squre"], "Did you mean 'square'?"),
     (["variation", "{0}", "{0}"], "same folder is given twice"),
     (["merge", "{0}", "{1}", "--method", "vram", "--out", "out"], "Did you mean 'varm'?"),
-    (["merge", "{0}", "{1}", "--weights", "1;2", "--method", "linear", "--out", "out"], "'1;2' is not a list of numbers"),
+    (["merge", "{0}", "{1}", "--weights", "1;2", "--method", "linear", "--out", "out"], "'1;2' is not a list of numbers or words"),
     (["merge", "{0}", "{1}", "--weights", "nan", "--method", "linear", "--out", "out"], "a finite number"),
     (["merge", "{0}", "{1}", "--weights", "1,1", "--out", "out"], "2 numbers for 1 targets"),
     (["merge", "{0}", "{1}", "--override", "x", "--out", "out"], "'x' is no override"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -196,7 +196,8 @@ def test_a_tensor_the_architecture_lacks_is_no_random_number(live):
         def outputs(self):
             return outputs
 
-    lacking = LiveResult(Lacking(**vars(result.plan)), result.tensors, result.weights, 0)
+    lacking = LiveResult(Lacking(**{its.name: getattr(result.plan, its.name) for its in fields(MergePlan)}), result.tensors,
+                         result.weights, 0)
     with pytest.raises(CheckpointError, match=f"missing or have the wrong shape, first {Q0}"):
         chat_model(lacking, "try")
 

@@ -243,6 +243,7 @@ def test_recipe_report_and_card_tell_what_was_done(family, tmp_path):
     folder = merged(folders, tmp_path / "out", overrides=(Override("lm_head.weight", {"target-a": .9}),), exclude=("model.norm.*",))
     recipe = Recipe.load(folder / RECIPE_FILE)
     assert set(recipe.revisions) == {"pivot", "target-a", "target-b"}
+    assert set(recipe.result) == {"engine", "digest"}
     report = json.loads((folder / VARIATION_FILE).read_text())
     weights = {(row["tensor"], row["target"]): row["weight"] for row in report["tensors"]}
     assert weights[HEAD, "target-a"] == .9 and weights["model.norm.weight", "target-b"] == 0

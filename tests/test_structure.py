@@ -15,10 +15,11 @@ LEVELS = (  # from the roof down: a module imports lower rows, and in its own ro
     ("__main__",),
     ("commands",),
     ("chat", "merge", "live", "verify", "cluster", "review", "compare", "train", "arena", "evaluate", "demo"),
-    ("settings", "recipe_yaml", "recipe_rules", "recipe", "mergekit", "weights", "plan", "card", "distill"),
+    ("settings", "recipe_yaml", "recipe_rules", "recipe", "mergekit", "weights", "slices", "checkpoint_stack", "plan", "card",
+     "distill"),
     ("preflight", "variation", "inspection", "writer"),
-    ("compiled", "dtypes", "header", "journal", "shards", "anatomy", "files", "quantised", "checkpoint", "digest", "view", "pickles",
-     "adapters", "hub", "sources", "vocabulary", "tables", "documents", "methods", "align"),
+    ("dtypes", "compiled", "header", "journal", "shards", "anatomy", "files", "quantised", "checkpoint", "digest", "blocks", "view",
+     "pickles", "adapters", "hub", "sources", "vocabulary", "tables", "documents", "methods", "align"),
     ("errors", "progress", "version"),
 )
 RANK = {module: (-row, column) for row, modules in enumerate(LEVELS) for column, module in enumerate(modules)}

@@ -1,15 +1,18 @@
-"""merge: run a recipe."""
+"""merge: run a recipe, from a file or from options."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from fusion.commands.console import print_json, show_progress, weighing
-from fusion.errors import RecipeError
-from fusion.merge import merge
+from fusion.errors import RecipeError, nearest
+from fusion.merge import MergeResult, merge_stages
 from fusion.methods import METHODS
-from fusion.progress import finish
-from fusion.recipe import Override, Recipe
+from fusion.progress import Work, finish
+from fusion.recipe import Curve, Override, Recipe, load_stages
+
+ENGINES: dict[str, Callable[..., Work[MergeResult]]] = {"local": merge_stages}
 
 
 def add(command) -> None:
@@ -19,46 +22,97 @@ def add(command) -> None:
     run.add_argument("--out", metavar="DIR", required=True, help="the folder to make; it must not exist")
     run.add_argument("--method", metavar="M", help=f"{', '.join(METHODS)} (default varm)")
     weighing(run)
-    run.add_argument("--weights", metavar="W,W", help="one number per target, for method linear")
+    run.add_argument("--weights", metavar="W,W", help="one per target: a number, `variation` (measured) or curve:0,0.5,1 (over the "
+                     "depth); between curves stands a semicolon; the word variation alone is for all")
+    run.add_argument("--option", metavar="NAME=VALUE", action="append", help="an option of the method, see `methods`: a number, "
+                     "true, false, a word, curve:0,0.5,1, or a list with one for each target; repeatable")
     run.add_argument("--override", metavar="PATTERN:TARGET=W[,TARGET=W]", action="append", help="give weights by hand; repeatable")
     run.add_argument("--exclude", metavar="PATTERN", action="append", help="keep these tensors from the pivot; repeatable")
+    run.add_argument("--seed", metavar="N", type=int, help="of what is random in a method (default 0)")
+    run.add_argument("--vocabulary", metavar="V", help="for models whose tokens differ: pivot, common or union (default: refuse)")
     run.add_argument("--dtype", metavar="D", help="stored dtype: bfloat16, float16, float32 (default: as the pivot)")
     run.add_argument("--donor", metavar="NAME", help="gives tokenizer, chat template, generation config (default: pivot)")
     run.add_argument("--max-shard-gb", metavar="GB", type=float, default=5.0, help="largest shard (default 5)")
+    run.add_argument("--engine", metavar="E", default="local", help=f"{', '.join(ENGINES)} (default local)")
+    run.add_argument("--resume", action="store_true", help="go on with a merge into this folder that was killed")
 
 
 def _merge(options: argparse.Namespace) -> None:
-    recipe = _recipe(options)
-    result = finish(merge(recipe, options.out, max_shard_bytes=int(options.max_shard_gb * 1e9)), show_progress(options.json))
+    stages = _stages(options)
+    if options.engine not in ENGINES:
+        raise RecipeError(f"unknown engine {options.engine!r}", where="--engine", todo=nearest(options.engine, ENGINES))
+    if not 0.001 <= options.max_shard_gb <= 1000:
+        raise RecipeError(f"{options.max_shard_gb} GB is no sensible shard size", where="--max-shard-gb")
+    work = ENGINES[options.engine](stages, options.out, max_shard_bytes=int(options.max_shard_gb * 1e9), resume=options.resume)
+    result = finish(work, show_progress(options.json))
+    before, after = result.parameters
     if options.json:
-        print_json({"folder": str(result.folder), "recipe": result.recipe.to_dict(), "tensors": len(result.variation.names)})
+        print_json({"folder": str(result.folder), "recipe": result.recipe.to_dict(), "tensors": result.tensors,
+                    "parameters": {"pivot": before, "result": after}, "finite": result.finite})
     else:
-        print(f"merged {len(result.variation.names)} tensors of {len(recipe.targets)} targets into {options.out}")
+        finite = "all finite" if result.finite else "some NaN or Inf"
+        print(f"merged {result.tensors} tensors of {len(result.recipe.targets)} targets into {options.out}\n"
+              f"{before:,} parameters before, {after:,} after, {finite}; content digest {result.recipe.result['digest']}")
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
+def _stages(options: argparse.Namespace) -> tuple[Recipe, ...]:
+    """The recipes to run; options change the last stage of a recipe file."""
     changes = {name: value for name, value in (
         ("method", options.method), ("granularity", options.granularity), ("measure", options.measure),
-        ("dtype", options.dtype), ("donor", options.donor), ("weights", options.weights and _numbers(options.weights)),
+        ("dtype", options.dtype), ("donor", options.donor), ("seed", options.seed), ("vocabulary", options.vocabulary),
+        ("weights", options.weights and _weights(options.weights)), ("options", options.option and _options(options.option)),
         ("overrides", options.override and tuple(map(_override, options.override))),
         ("exclude", options.exclude and tuple(options.exclude)), ("allow_nonfinite", options.allow_nonfinite or None),
     ) if value is not None}
-    if not 0.001 <= options.max_shard_gb <= 1000:
-        raise RecipeError(f"{options.max_shard_gb} GB is no sensible shard size", where="--max-shard-gb")
-    if len(options.models) == 1:
-        if not options.models[0].endswith((".yaml", ".yml")):
-            raise RecipeError("one argument that is no recipe file", where=options.models[0],
-                              todo="Give RECIPE.yaml, or PIVOT and at least one TARGET.")
-        return Recipe.load(options.models[0]).with_(**changes).check()
-    pivot, *targets = options.models
-    return Recipe(pivot, tuple(targets), **changes).check()
+    if len(options.models) > 1:
+        pivot, *targets = options.models
+        return (Recipe(pivot, tuple(targets), **changes).check(),)
+    if not options.models[0].endswith((".yaml", ".yml")):
+        raise RecipeError("one argument that is no recipe file", where=options.models[0],
+                          todo="Give RECIPE.yaml, or PIVOT and at least one TARGET.")
+    *earlier, last = load_stages(options.models[0])
+    return (*earlier, last.with_(**changes).check())
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise RecipeError(f"{text!r} is not a list of numbers", where="--weights", todo="Write it like 0.3,0.7.") from error
+def _weights(text: str) -> str | tuple:
+    """`variation` for all, or one value for each target."""
+    values = _values(text, "--weights")
+    return values[0] if values == ("variation",) else values
+
+
+def _options(texts: list[str]) -> dict[str, object]:
+    found = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise RecipeError(f"{text!r} is no option", where="--option", todo="Write it like density=0.5.")
+        values = _values(value, f"--option {name}")
+        found[name] = values if len(values) > 1 else values[0]
+    return found
+
+
+def _values(text: str, where: str) -> tuple:
+    """The settings in a text, between commas, or between semicolons where one is a curve."""
+    parts = text.split(";") if "curve:" in text else text.split(",")
+    return tuple(_value(part.strip(), where) for part in parts)
+
+
+def _value(text: str, where: str) -> object:
+    if text.startswith("curve:"):
+        try:
+            return Curve(tuple(map(float, text[len("curve:"):].split(","))))
+        except ValueError as error:
+            raise RecipeError(f"{text!r} is no curve", where=where, todo="Write it like curve:0,0.5,1.") from error
+    if text in ("true", "false"):
+        return text == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    if not text.replace("_", "").replace("-", "").isalnum():
+        raise RecipeError(f"{text!r} is not a list of numbers or words", where=where, todo="Write it like 0.3,0.7.")
+    return text
 
 
 def _override(text: str) -> Override:
