@@ -45,17 +45,28 @@ def decode(raw: memoryview | bytes, code: str, out: np.ndarray) -> np.ndarray:
 
 
 def encode(values: np.ndarray, code: str) -> np.ndarray:
-    """Round float32 numbers once to the stored dtype; returns an array whose bytes are what a file holds."""
+    """Round float32 numbers once to the stored dtype; returns an array whose bytes are what a file holds.
+
+    Every NaN becomes the same one: which of its bits survive arithmetic depends on the processor.
+    """
     if code != "BF16":
         with np.errstate(over="ignore"):  # an overflow to inf is found by the caller, who can name the tensor
-            return values.astype(_STORED[code])
+            stored = values.astype(_STORED[code])
+        odd = np.isnan(stored)
+        if odd.any():
+            stored[odd] = np.nan
+        return stored
     bits = np.ascontiguousarray(values, dtype="<f4").view(np.uint32)
-    rounded = ((bits >> 16 & 1) + 0x7FFF + bits.astype(np.uint64)) >> 16
-    rounded = rounded.astype("<u2")
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits  # wraps only for a NaN, which is replaced
+    rounded >>= 16
+    stored = rounded.astype("<u2")
     odd = np.isnan(values)
     if odd.any():
-        rounded[odd] = 0x7FC0
-    return rounded
+        stored[odd] = 0x7FC0
+    return stored
 
 
 def overflowed(stored: np.ndarray, code: str) -> bool:

@@ -10,20 +10,23 @@ every model is read once; memory is a few small blocks. Source: FuseChat, arXiv 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import numpy as np
 
+from fusion import compiled
 from fusion.anatomy import GRANULARITIES, place
+from fusion.blocks import BLOCK, Blocks, new_digests
 from fusion.checkpoint import Checkpoint
+from fusion.digest import TensorDigest
+from fusion.dtypes import FLOATS
 from fusion.errors import CheckpointError, RecipeError, Stopped, nearest
 from fusion.preflight import mergeable_names, preflight
 from fusion.progress import Meter, Work
 
 MEASURES = ("square", "absolute")
-BLOCK = 65_536  # elements; one float64 block per model must stay in the cache
 THREADS = 2
 
 
@@ -130,29 +133,39 @@ def normalise(values: np.ndarray) -> np.ndarray:
     return np.divide(scaled, total, out=uniform, where=total > 0)
 
 
-def measure(pivot: Checkpoint, targets: Sequence[Checkpoint], *, elements: bool = False,
-            allow_nonfinite: bool = False) -> Work[Variation]:
+def measure(pivot: Checkpoint, targets: Sequence[Checkpoint], *, elements: bool = False, allow_nonfinite: bool = False,
+            digests: Sequence[MutableMapping[str, str]] = ()) -> Work[Variation]:
     """Read pivot and targets once and return their Variation; yields Progress per tensor.
 
-    `elements` also sums the per-element ratios that granularity parameter reports (about twice the arithmetic).
+    `elements` also sums the per-element ratios that granularity parameter reports (about twice the arithmetic). `digests`,
+    one mapping per model, the pivot's first, gets the digest of every tensor that is read.
 
     Raises MismatchError when a target has not the pivot's shape, CheckpointError (naming tensor and model) for NaN or Inf
     unless `allow_nonfinite`, in which case elements that are not finite count as unchanged.
     """
+    models = (pivot, *targets)
     preflight(pivot, targets).raise_if_bad()
     names = mergeable_names(pivot)
-    meter = Meter("Measuring variation", len(names), "tensors",
-                  sum(model.info[name].nbytes for model in (pivot, *targets) for name in names))
+    meter = Meter("Measuring variation", len(names), "tensors", sum(model.info[name].nbytes for model in models for name in names))
+    compiled.prepare(meter.bytes_total)
     stop = threading.Event()
     sums: dict[str, TensorSums] = {}
+
+    def one(name: str) -> TensorSums:
+        its = new_digests(name, models) if digests else ()
+        result = sum_tensor(name, pivot, targets, stop, elements, allow_nonfinite, its)
+        for known, digest in zip(digests, its, strict=True):
+            known[name] = digest.value()
+        return result
+
     yield meter.step()
     with ThreadPoolExecutor(THREADS) as pool:
         try:
-            jobs = {pool.submit(sum_tensor, name, pivot, targets, stop, elements, allow_nonfinite): name for name in names}
+            jobs = {pool.submit(one, name): name for name in sorted(names, key=lambda name: -pivot.info[name].numel)}
             for job in as_completed(jobs):
                 name = jobs[job]
                 sums[name] = job.result()
-                yield meter.step(1, sum(model.info[name].nbytes for model in (pivot, *targets)), name)
+                yield meter.step(1, sum(model.info[name].nbytes for model in models), name)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -174,16 +187,18 @@ class TensorSums:
     def zero(cls, targets: int) -> TensorSums:
         return cls(*(np.zeros(targets) for _ in range(5)))
 
-    def add(self, pivot: np.ndarray, deltas: np.ndarray, elements: bool) -> None:
-        """Add one block: `pivot` [n] float32, `deltas` [J, n] float64 (used up)."""
-        self.pivot_square += float(np.square(pivot, dtype=np.float64).sum())
-        self.square += np.einsum("jn,jn->j", deltas, deltas)
-        self.changed += np.count_nonzero(deltas, axis=1)
-        size = np.abs(deltas, out=deltas)
-        self.absolute += size.sum(axis=1)
-        if elements:
-            self.element_absolute += _shares(size).sum(axis=1)
-            self.element_square += _shares(np.square(size, out=size)).sum(axis=1)  # of shares: squares cannot underflow
+    def add(self, block: np.ndarray) -> None:
+        """Add the sums of one block, as `twins.sum_changes` gives them."""
+        self.square += block[:-1, 0]
+        self.absolute += block[:-1, 1]
+        self.changed += block[:-1, 2]
+        self.pivot_square += float(block[-1, 0])
+
+    def add_elements(self, numbers: np.ndarray) -> None:
+        """Add the shares of every element of one block, `numbers` [1 + J, n] float32, the pivot first."""
+        size = np.abs(np.subtract(numbers[1:], numbers[0], dtype=np.float64))
+        self.element_absolute += _shares(size).sum(axis=1)
+        self.element_square += _shares(np.square(size, out=size)).sum(axis=1)  # of shares: squares cannot underflow
 
 
 def _shares(size: np.ndarray) -> np.ndarray:
@@ -192,30 +207,37 @@ def _shares(size: np.ndarray) -> np.ndarray:
     return np.divide(size, total, out=size, where=total > 0)
 
 
-def sum_tensor(name: str, pivot: Checkpoint, targets: Sequence[Checkpoint], stop: threading.Event,
-               elements: bool = False, allow_nonfinite: bool = False) -> TensorSums:
-    """Sum the variation of one tensor in blocks; Stopped when `stop` is set, CheckpointError for NaN or Inf."""
-    sums = TensorSums.zero(len(targets))
-    numel = pivot.info[name].numel
-    size = min(BLOCK, max(numel, 1))
-    base, moved, deltas = np.empty(size, np.float32), np.empty(size, np.float32), np.empty((len(targets), size))
-    for start in range(0, numel, BLOCK):
+def sum_tensor(name: str, pivot: Checkpoint, targets: Sequence[Checkpoint], stop: threading.Event, elements: bool = False,
+               allow_nonfinite: bool = False, digests: Sequence[TensorDigest] = ()) -> TensorSums:
+    """Sum the variation of one tensor in blocks; Stopped when `stop` is set, CheckpointError for NaN or Inf.
+
+    `digests`, one per model, the pivot's first, see what is read.
+    """
+    blocks = Blocks(name, (pivot, *targets), digests)
+    sums, part = TensorSums.zero(len(targets)), np.empty((len(targets) + 1, 3))
+    for _, n in blocks:
         if stop.is_set():
             raise Stopped("stopped")
-        end = min(start + BLOCK, numel)
-        block = pivot.read(name, start, end, base)
-        part = deltas[:, :end - start]
-        with np.errstate(invalid="ignore"):  # Inf − Inf, found below
-            for j, target in enumerate(targets):
-                np.subtract(target.read(name, start, end, moved), block, out=part[j], dtype=np.float64)
-            sound = np.isfinite(part.sum() + block.sum(dtype=np.float64))
-        if not sound:
+        rows, codes = blocks.rows, blocks.codes
+        compiled.loops().sum_changes(rows, codes, n, part)
+        if not np.isfinite(part[:, 0].sum()):
             if not allow_nonfinite:
-                raise nonfinite(name, [pivot, *targets])
-            np.copyto(part, 0, where=~np.isfinite(part))
-            block = np.where(np.isfinite(block), block, 0)
-        sums.add(block, part, elements)
+                raise nonfinite(name, blocks.models)
+            rows, codes = _mended(blocks.numbers(n))
+            compiled.loops().sum_changes(rows, codes, n, part)
+        sums.add(part)
+        if elements:
+            sums.add_elements(blocks.numbers(n) if rows is blocks.rows else rows.view(np.float32))
     return sums
+
+
+def _mended(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and codes of [1 + J, n] float32 where every number that is not finite counts as unchanged."""
+    pivot, models = numbers[0], numbers[1:]
+    sound = np.isfinite(pivot)
+    pivot[~sound] = 0
+    np.copyto(models, pivot, where=~(np.isfinite(models) & sound))
+    return numbers.view(np.uint8), np.full(len(numbers), FLOATS.index("F32"), np.int64)
 
 
 def nonfinite(name: str, models: Sequence[Checkpoint]) -> CheckpointError:

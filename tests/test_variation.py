@@ -197,8 +197,9 @@ def test_empty_and_scalar_tensors_have_weights_too():
 def test_every_byte_is_read_once(tmp_path, monkeypatch):
     models = [Checkpoint(save_checkpoint(tmp_path / name, {Q0: np.full((300, 300), value, np.float32), HEAD: 2 * ONES}))
               for value, name in enumerate("abc")]
-    seen, read = [], os.pread
-    monkeypatch.setattr(os, "pread", lambda file, size, at: seen.append((file, at, size)) or read(file, size, at))
+    seen, read = [], os.preadv
+    monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("read by another way"))
+    monkeypatch.setattr(os, "preadv", lambda file, to, at: seen.append((file, at, len(to[0]))) or read(file, to, at))
     finish(measure(models[0], models[1:]))
     assert sum(size for _, _, size in seen) == sum(model.nbytes for model in models)
     assert len(set(seen)) == len(seen)
@@ -229,6 +230,7 @@ def test_a_number_that_is_not_finite_names_model_and_tensor(tmp_path, recwarn, v
 def test_other_shapes_stop_it_before_a_weight_is_read(tmp_path, monkeypatch):
     pivot, target = (Checkpoint(save_checkpoint(tmp_path / str(n), {Q0: np.ones((2, n))})) for n in (2, 3))
     monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(MismatchError, match=Q0):
         next(measure(pivot, [target]))
 

@@ -1,32 +1,207 @@
 """The loops of `twins`, compiled by numba: import only through `fusion.compiled`, importing takes half a second.
 
 No fastmath: sums keep their written order, no multiply-add is contracted, so every bit equals the twin's. Signatures are
-given, so that all is compiled (or loaded from the cache) on import. The loops run without the interpreter's lock.
+given, so that all is compiled (or loaded from the cache) on import. The loops run without the interpreter's lock, on tiles
+that stay in the first-level cache.
 """
 
 from __future__ import annotations
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.extending import intrinsic
 
+from fusion.compiled.twins import LANES
+from fusion.dtypes import FLOATS
+
+TILE = 2048  # numbers; a multiple of LANES
+_F64, _F32, _F16, _BF16 = (FLOATS.index(code) for code in ("F64", "F32", "F16", "BF16"))
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
+_INFINITE, _SIGN, _NAN = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF), np.uint32(0x7FC00000)
 
 
 def _read_only(item: types.Type, dimensions: int) -> types.Array:
     return types.Array(item, dimensions, "C", readonly=True)
 
 
+ROW, ROWS, CODES = _read_only(types.uint8, 1), _read_only(types.uint8, 2), _read_only(types.int64, 1)
+NUMBERS, BYTES = types.float32[::1], types.uint8[::1]
+
+
 def _compile(*signatures):
     def decorate(function):
-        for cache in (True, False):
-            try:
-                return numba.njit(list(signatures), nogil=True, cache=cache, error_model="numpy")(function)
-            except RuntimeError:  # no folder to cache in: neither beside this file nor the user's own
-                if not cache:
-                    raise
-        return None
+        options = {"nogil": True, "error_model": "numpy"}
+        try:
+            return numba.njit(list(signatures), cache=True, **options)(function)
+        except RuntimeError:  # no folder to cache in: neither beside this file nor the user's own
+            return numba.njit(list(signatures), **options)(function)
     return decorate
+
+
+@intrinsic
+def _half_to_float(context, bits):
+    def generate(context, builder, signature, arguments):
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def _float_to_half(context, value):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+    return types.uint16(types.float32), generate
+
+
+@_compile(types.void(ROW, types.int64, types.int64, types.int64, NUMBERS))
+def _tile(row, code, start, n, out):
+    """Decode the numbers start … start + n of a row."""
+    bits = out.view(np.uint32)
+    if code == _BF16:
+        halves = row.view(np.uint16)[start:start + n]
+        for i in range(n):
+            bits[i] = np.uint32(halves[i]) << np.uint32(16)
+    elif code == _F32:
+        whole = row.view(np.uint32)[start:start + n]
+        for i in range(n):
+            bits[i] = whole[i]
+    elif code == _F16:
+        halves = row.view(np.uint16)[start:start + n]
+        for i in range(n):
+            out[i] = _half_to_float(halves[i])
+    else:
+        doubles = row.view(np.float64)[start:start + n]
+        for i in range(n):
+            out[i] = np.float32(doubles[i])
+
+
+@_compile(types.void(ROW, types.int64, types.int64, NUMBERS))
+def decode(row, code, n, out):
+    """See `twins.decode`."""
+    _tile(row, code, 0, n, out)
+
+
+@_compile(types.boolean(NUMBERS, types.int64, BYTES, types.int64, types.int64))
+def _store(values, code, out, start, n):
+    """Encode n numbers as the elements start … start + n of `out`; the twin of dtypes.encode and dtypes.overflowed."""
+    bits, worst = values.view(np.uint32), np.uint32(0)
+    if code == _BF16:
+        halves = out.view(np.uint16)[start:start + n]
+        for i in range(n):
+            b = bits[i]
+            rounded = (b + np.uint32(0x7FFF) + (b >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+            if b & _SIGN > _INFINITE:
+                rounded = np.uint32(0x7FC0)
+            halves[i] = rounded
+            worst = max(worst, rounded & np.uint32(0x7FFF))
+        return worst < np.uint32(0x7F80)
+    if code == _F16:
+        halves = out.view(np.uint16)[start:start + n]
+        for i in range(n):
+            half = np.uint32(_float_to_half(values[i]))
+            if bits[i] & _SIGN > _INFINITE:
+                half = np.uint32(0x7E00)
+            halves[i] = half
+            worst = max(worst, half & np.uint32(0x7FFF))
+        return worst < np.uint32(0x7C00)
+    if code == _F32:
+        whole = out.view(np.uint32)[start:start + n]
+        for i in range(n):
+            b = bits[i]
+            whole[i] = _NAN if b & _SIGN > _INFINITE else b
+            worst = max(worst, b & _SIGN)
+    else:
+        doubles = out.view(np.float64)[start:start + n]
+        for i in range(n):
+            doubles[i] = np.nan if bits[i] & _SIGN > _INFINITE else np.float64(values[i])
+            worst = max(worst, bits[i] & _SIGN)
+    return worst < _INFINITE
+
+
+@_compile(types.boolean(NUMBERS, types.int64, BYTES))
+def encode(values, code, out):
+    """See `twins.encode`."""
+    return _store(values, code, out, 0, len(values))
+
+
+@_compile(types.boolean(ROW, types.int64, types.int64))
+def all_finite(row, code, n):
+    """See `twins.all_finite`."""
+    values, worst = np.empty(min(TILE, n), np.float32), np.uint32(0)
+    bits = values.view(np.uint32)
+    for start in range(0, n, TILE):
+        m = min(TILE, n - start)
+        _tile(row, code, start, m, values)
+        for i in range(m):
+            worst = max(worst, bits[i] & _SIGN)
+    return worst < _INFINITE
+
+
+@_compile(types.float64(types.float64[::1]))
+def _fold(lanes):
+    half = len(lanes) // 2
+    while half:
+        for lane in range(half):
+            lanes[lane] += lanes[lane + half]
+        half //= 2
+    return lanes[0]
+
+
+@_compile(types.void(ROWS, CODES, types.int64, types.float64[:, ::1]))
+def sum_changes(rows, codes, n, sums):
+    """See `twins.sum_changes`."""
+    count = len(rows) - 1
+    pivot, moved = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    lanes = np.zeros((2 * count + 1, LANES))
+    own = lanes[2 * count]
+    sums[:] = 0
+    for start in range(0, n, TILE):
+        m = min(TILE, n - start)
+        _tile(rows[0], codes[0], start, m, pivot)
+        padded = -(-m // LANES) * LANES
+        pivot[m:padded] = 0
+        for r in range(0, padded, LANES):
+            for lane in range(LANES):
+                value = np.float64(pivot[r + lane])
+                own[lane] += value * value
+        for j in range(count):
+            _tile(rows[j + 1], codes[j + 1], start, m, moved)
+            moved[m:padded] = 0
+            square, absolute, changed = lanes[2 * j], lanes[2 * j + 1], np.int32(0)
+            for r in range(0, padded, LANES):
+                for lane in range(LANES):
+                    delta = np.float64(moved[r + lane]) - np.float64(pivot[r + lane])
+                    square[lane] += delta * delta
+                    absolute[lane] += abs(delta)
+            for i in range(m):
+                changed += np.int32(moved[i] != pivot[i])
+            sums[j, 2] += changed
+    for j in range(count):
+        sums[j, 0], sums[j, 1] = _fold(lanes[2 * j]), _fold(lanes[2 * j + 1])
+    sums[count, 0] = _fold(own)
+
+
+@_compile(types.boolean(ROWS, CODES, types.int64, _read_only(types.float64, 1), types.int64, BYTES))
+def weigh(rows, codes, n, weights, code, out):
+    """See `twins.weigh`."""
+    base = np.argmax(weights)
+    heaviest, model, shift = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    finite = True
+    for start in range(0, n, TILE):
+        m = min(TILE, n - start)
+        _tile(rows[base], codes[base], start, m, heaviest)
+        shift[:m] = 0
+        for j in range(len(rows)):
+            if j != base and weights[j] != 0:
+                weight = np.float32(weights[j])
+                _tile(rows[j], codes[j], start, m, model)
+                for i in range(m):
+                    shift[i] += (model[i] - heaviest[i]) * weight
+        for i in range(m):
+            heaviest[i] += shift[i]
+        finite &= _store(heaviest, code, out, start, m)
+    return finite
 
 
 @_compile(types.void(_read_only(types.uint64, 1), types.int64, _read_only(types.uint64, 2), types.uint64[:, ::1]))

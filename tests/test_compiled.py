@@ -1,0 +1,207 @@
+"""fusion.compiled: numba and numpy give the same bytes, and which of the two is used."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusion import compiled, dtypes
+from fusion.compiled import twins
+from fusion.errors import ResourceError
+from fusion.methods.weighted import weighted
+
+ROOT = Path(__file__).parent.parent
+RANDOM = np.random.default_rng(5)
+SIZES = st.sampled_from([1, 2, 7, 127, 128, 129, 2047, 2048, 2049, 5000])
+CODES = st.integers(0, 3)
+SPECIAL = np.array([0.0, -0.0, 1.0, -1.0, 1 + 2**-8, 1 + 3 * 2**-8, 65504, 65519.99, 65520, 6e-8, 2.9e-8, 1e-40, -1e-45, 3.3e38,
+                    3.4028235e38], np.float32)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    pytest.importorskip("numba")
+    from fusion.compiled import kernels
+
+    return kernels
+
+
+def stored(values: np.ndarray, code: int) -> np.ndarray:
+    """A row: float32 numbers as stored bytes, twice as much room as they need."""
+    row = np.zeros(16 * len(values), np.uint8)
+    twins.encode(values, code, row)
+    return row
+
+
+def numbers(n: int, seed: int, sick: bool = False) -> np.ndarray:
+    """Normal numbers of many sizes, some equal, with the odd ones among them; `sick`: also NaN and Inf."""
+    random = np.random.default_rng(seed)
+    values = (random.normal(size=n) * 10.0 ** random.integers(-12, 6, n)).astype(np.float32)
+    odd = np.concatenate([SPECIAL, [np.nan, np.inf, -np.inf]]).astype(np.float32) if sick else SPECIAL
+    values[random.random(n) < .1] = random.choice(odd)
+    return values
+
+
+# ── the same bytes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+@settings(max_examples=60)
+@given(n=SIZES, code=CODES, seed=st.integers(0, 999), sick=st.booleans())
+def test_reading_and_rounding_are_the_same(kernels, n, code, seed, sick):
+    values = numbers(n, seed, sick)
+    results = []
+    for loops in (kernels, twins):
+        row, read = np.full(8 * n + 8, 7, np.uint8), np.zeros(n, np.float32)
+        with np.errstate(over="ignore"):
+            finite = loops.encode(values, code, row)
+            loops.decode(row, code, n, read)
+        results.append((finite, row.tobytes(), read.tobytes(), loops.all_finite(row, code, n)))
+    assert results[0] == results[1]
+    assert results[0][0] == results[0][3]
+
+
+@settings(max_examples=60)
+@given(n=SIZES, codes=st.lists(CODES, min_size=2, max_size=5), seed=st.integers(0, 999), sick=st.booleans())
+def test_sums_are_the_same_so_no_multiplication_is_fused_with_an_addition(kernels, n, codes, seed, sick):
+    with np.errstate(over="ignore"):
+        rows = np.stack([stored(numbers(n, seed + m, sick), code) for m, code in enumerate(codes)])
+    sums = []
+    for loops in (kernels, twins):
+        its = np.full((len(codes), 3), 9.0)
+        loops.sum_changes(rows, np.array(codes), n, its)
+        sums.append(np.where(np.isnan(its), 0, its).tobytes() + np.isnan(its).tobytes())
+    assert sums[0] == sums[1]
+
+
+@settings(max_examples=60)
+@given(n=SIZES, codes=st.lists(CODES, min_size=1, max_size=4), code=CODES, seed=st.integers(0, 999), sick=st.booleans())
+def test_weighted_models_are_the_same_and_those_of_the_method(kernels, n, codes, code, seed, sick):
+    random = np.random.default_rng(seed)
+    weights = random.dirichlet(np.ones(len(codes))) * (random.random(len(codes)) < .8)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = np.stack([stored(numbers(n, seed + m, sick), its) for m, its in enumerate(codes)])
+        results = []
+        for loops in (kernels, twins):
+            out = np.zeros(8 * n, np.uint8)
+            results.append((loops.weigh(rows, np.array(codes), n, weights, code, out), out.tobytes()))
+        models = np.empty((len(codes), n), np.float32)
+        for row, its, model in zip(rows, codes, models, strict=True):
+            twins.decode(row, its, n, model)
+        expected = dtypes.encode(weighted(models, weights, np.empty(n, np.float32)), dtypes.FLOATS[code])
+    assert results[0] == results[1]
+    assert results[0][1].startswith(expected.tobytes())
+
+
+@given(first=st.integers(0, 40), n=st.integers(1, 60))
+def test_hashes_are_the_same(kernels, first, n):
+    words, keys = RANDOM.integers(0, 2**64, n, np.uint64), RANDOM.integers(0, 2**32, (4, 16), np.uint64)
+    sums = [np.ones(((first + n) // 16 + 1, 2), np.uint64) for _ in range(2)]
+    for loops, its in zip((kernels, twins), sums, strict=True):
+        loops.hash_words(words, first, keys, its)
+    assert np.array_equal(*sums)
+    assert any((sums[0] != 1).any(axis=1))
+
+
+def test_every_loop_has_its_twin(kernels):
+    public = {name for name, value in vars(twins).items() if callable(value) and value.__module__ == twins.__name__
+              and not name.startswith("_")}
+    assert public == {"decode", "encode", "all_finite", "sum_changes", "weigh", "hash_words"}
+    assert all(hasattr(kernels, name) for name in public)
+
+
+# ── what the numbers are ─────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_numpy_adds_the_lanes_in_the_written_order():
+    """If a numpy ever adds in another order, the two would differ by rounding: then this says why."""
+    values = RANDOM.normal(size=(37, twins.LANES)) * 10.0 ** RANDOM.integers(-9, 9, (37, twins.LANES))
+    lanes = [0.0] * twins.LANES
+    for row in values.tolist():
+        lanes = [lane + value for lane, value in zip(lanes, row, strict=True)]
+    while len(lanes) > 1:
+        lanes = [a + b for a, b in zip(lanes[:len(lanes) // 2], lanes[len(lanes) // 2:], strict=True)]
+    assert twins._fold(values.reshape(-1)) == lanes[0]
+
+
+def test_sums_are_those_of_the_definition():
+    pivot, models = numbers(300, 1), np.stack([numbers(300, seed) for seed in (2, 3)])
+    models[0, :50] = pivot[:50]
+    sums = np.empty((3, 3))
+    f32 = dtypes.FLOATS.index("F32")
+    twins.sum_changes(np.stack([pivot, *models]).view(np.uint8), np.full(3, f32), 300, sums)
+    delta = models.astype(np.float64) - pivot.astype(np.float64)
+    assert sums[:2, 0] == pytest.approx((delta**2).sum(axis=1)) and sums[:2, 1] == pytest.approx(np.abs(delta).sum(axis=1))
+    assert sums[:2, 2].tolist() == np.count_nonzero(delta, axis=1).tolist() and sums[0, 2] <= 250
+    assert sums[2, 0] == pytest.approx((pivot.astype(np.float64)**2).sum())
+
+
+# ── which of the two ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+def python(code: str, **environment: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(("wish", "nbytes", "expected"), [("", 10**6, "twins"), ("0", 10**12, "twins"), ("1", 1, "kernels"),
+                                                          ("", 10**12, "kernels")])
+def test_numba_is_loaded_when_the_work_pays_for_it_or_when_it_is_forced(kernels, wish, nbytes, expected):
+    code = ("import sys; from fusion import compiled; assert 'numba' not in sys.modules; compiled.prepare(%d)\n"
+            "if compiled._thread: compiled._thread.join()\n"
+            "print(compiled.loops().__name__, 'numba' in sys.modules)")
+    assert python(code % nbytes, FUSECHAT_COMPILED=wish) == f"fusion.compiled.{expected} {expected == 'kernels'}"
+
+
+NO_NUMBA = "import sys; sys.modules['numba'] = None\nfrom fusion import compiled\n"
+
+
+def test_without_numba_numpy_does_the_work():
+    code = NO_NUMBA + "compiled.prepare(10**12); compiled._thread.join(); print(compiled.loops().__name__)"
+    assert python(code, FUSECHAT_COMPILED="") == "fusion.compiled.twins"
+
+
+def test_forcing_what_is_not_installed_is_an_error():
+    code = NO_NUMBA + "try: compiled.prepare(1)\nexcept Exception as error: print(type(error).__name__, error)"
+    assert python(code, FUSECHAT_COMPILED="1").startswith("ResourceError FUSECHAT_COMPILED=1: the compiled loops cannot be used")
+
+
+def test_a_numba_that_fails_does_not_stop_the_work(monkeypatch, caplog):
+    monkeypatch.setattr(compiled, "_kernels", None)
+    monkeypatch.setattr(compiled, "_thread", None)
+    monkeypatch.setenv("FUSECHAT_COMPILED", "")
+    monkeypatch.setattr(compiled.importlib, "import_module", lambda name: 1 / 0)
+    compiled.prepare(10**12)
+    compiled._thread.join()
+    assert compiled.loops() is twins and "numba cannot be used" in caplog.text
+    monkeypatch.setenv("FUSECHAT_COMPILED", "1")
+    with pytest.raises(ResourceError, match="cannot be used"):
+        compiled.prepare(1)
+
+
+def test_the_loops_are_the_twins_until_the_others_are_ready(monkeypatch):
+    ready, other = threading.Event(), type(sys)("other")
+    monkeypatch.setattr(compiled, "_kernels", None)
+    monkeypatch.setattr(compiled, "_thread", None)
+    monkeypatch.setenv("FUSECHAT_COMPILED", "")
+    monkeypatch.setattr(compiled.importlib, "import_module", lambda name: ready.wait(10) and other)
+    compiled.prepare(10**12)
+    assert compiled.loops() is twins
+    ready.set()
+    compiled._thread.join()
+    assert compiled.loops() is other
+
+
+def test_a_folder_that_cannot_hold_the_cache_only_costs_time(kernels, monkeypatch):
+    def njit(signatures, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: (function, options)
+
+    monkeypatch.setattr(kernels.numba, "njit", njit)
+    assert kernels._compile("void()")(len) == (len, {"nogil": True, "error_model": "numpy"})
