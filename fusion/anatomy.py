@@ -16,9 +16,9 @@ GRANULARITIES = ("model", "layer", "module", "matrix", "parameter")
 # Words by which authors name the parts, tried in this order against one dotted component at a time.
 _KINDS = (
     ("norm", re.compile(r"norm|^ln($|_|\d)|(^|_)ln($|_)")),
-    ("attention", re.compile(r"attn|attention|^(mixer|mamba|ssm|linear_attn)$")),
-    ("mlp", re.compile(r"mlp|ffn|feed_?forward|moe|expert|^fc\d?$|^(w1|w2|w3)$")),
-    ("embedding", re.compile(r"embed_?(tokens|positions|in$)|embeddings?$|^(wte|wpe|embd)$|tok_embeddings|word_embeddings")),
+    ("attention", re.compile(r"attn|attention|^(mixer|mamba|ssm|linear_attn|temporal_block|conv)$")),
+    ("mlp", re.compile(r"mlp|ffn|feed_?forward|densereludense|moe|expert|^fc\d?$|^(w1|w2|w3)$")),
+    ("embedding", re.compile(r"embed_?(tokens|positions|in$)|embeddings?$|^(wte|wpe|embd)$|tok_embeddings|word_embeddings|^shared$")),
     ("head", re.compile(r"^(lm_head|embed_out|output|score|classifier)$")),
 )
 _PARAMETER = re.compile(r"\.(weight|bias)$")
@@ -72,6 +72,7 @@ def _outside(parts: list[str]) -> Place:
 
 
 def _kind(parts: list[str]) -> str:
+    parts = [part.lower() for part in parts]
     inner = next((part for part in reversed(parts) if part != "bias"), parts[0])
     if _KINDS[0][1].search(inner):  # a norm inside attention (q_norm) is a norm
         return "norm"

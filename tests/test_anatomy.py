@@ -59,6 +59,13 @@ TABLE = [  # name, stack, layer, module, matrix, kind
     ("output.weight", "", None, "output", "output", "head"),
     ("bert.encoder.layer.0.output.dense.weight", "bert.encoder.layer", 0, "output", "dense", "other"),
     ("0.auto_model.layers.3.mlp.up_proj.weight", "0.auto_model.layers", 3, "mlp", "up_proj", "mlp"),
+    ("encoder.block.1.layer.0.SelfAttention.q.weight", "encoder.block", 1, "layer", "0.SelfAttention.q", "attention"),  # T5
+    ("decoder.block.0.layer.2.DenseReluDense.wi.weight", "decoder.block", 0, "layer", "2.DenseReluDense.wi", "mlp"),
+    ("decoder.block.0.layer.2.layer_norm.weight", "decoder.block", 0, "layer", "2.layer_norm", "norm"),
+    ("shared.weight", "", None, "shared", "shared", "embedding"),
+    ("model.layers.1.mlp.shared_expert.up_proj.weight", "model.layers", 1, "mlp", "shared_expert.up_proj", "mlp"),
+    ("model.layers.0.temporal_block.q_proj.weight", "model.layers", 0, "temporal_block", "q_proj", "attention"),  # RecurrentGemma
+    ("model.layers.0.conv.in_proj.weight", "model.layers", 0, "conv", "in_proj", "attention"),  # LFM2
     ("multi_modal_projector.linear_1.weight", "", None, "linear_1", "linear_1", "other"),
 ]
 
