@@ -18,7 +18,7 @@ _KINDS = (
     ("norm", re.compile(r"norm|^ln($|_|\d)|(^|_)ln($|_)")),
     ("attention", re.compile(r"attn|attention|^(mixer|mamba|ssm|linear_attn|temporal_block|conv)$")),
     ("mlp", re.compile(r"mlp|ffn|feed_?forward|densereludense|moe|expert|^fc\d?$|^(w1|w2|w3)$")),
-    ("embedding", re.compile(r"embed_?(tokens|positions|in$)|embeddings?$|^(wte|wpe|embd)$|tok_embeddings|word_embeddings|^shared$")),
+    ("embedding", re.compile(r"embed_?(tokens|positions|in$)|embeddings?$|^(wte|wpe|embd|shared)$|(tok|word)_embeddings")),
     ("head", re.compile(r"^(lm_head|embed_out|output|score|classifier)$")),
 )
 _PARAMETER = re.compile(r"\.(weight|bias)$")
