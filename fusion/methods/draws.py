@@ -1,7 +1,8 @@
 """Random numbers that depend on a key and on where an element stands, and on nothing else: no order, no block, no thread.
 
-Wellons' hash lowbias32 of element + lower half of the key, with the upper half added in the middle. Processors multiply
-eight 32-bit numbers at a time, but 64-bit ones only singly.
+The mixed key and the element go through three rounds of shift, xor and multiply in 32 bits, of which processors multiply
+eight at a time, but 64-bit numbers only singly. One half of the key is added before the first round, the other after it, so
+that two keys do not give the same sequence a little further on. Constants: Wellons' lowbias32, and Steele's splitmix64.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from __future__ import annotations
 import numpy as np
 
 LANES = 1 << 32
+MASK = (1 << 64) - 1
 PLACES = np.arange(1 << 16, dtype=np.uint32)
 
 
 def draw(key: int, start: int, n: int) -> np.ndarray:
-    """32 random bits for each of the elements start … start + n − 1, [n] uint32."""
+    """32 random bits for each of the elements start … start + n − 1, [n] uint32; `key` 64 bits."""
     out = np.empty(n, np.uint32)
     done = 0
     while done < n:
         high, low = divmod(start + done, LANES)
         step = min(n - done, LANES - low)
-        _fill((key + high * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF, low, out[done:done + step])
+        _fill(mix(int(key) + high), low, out[done:done + step])
         done += step
     return out
 
@@ -27,6 +29,14 @@ def draw(key: int, start: int, n: int) -> np.ndarray:
 def uniform(key: int, start: int, n: int) -> np.ndarray:
     """One number of [0, 1) for each of the elements start … start + n − 1, [n] float32, a multiple of 2⁻²⁴."""
     return (draw(key, start, n) >> np.uint32(8)).astype(np.float32) * np.float32(2.0 ** -24)
+
+
+def mix(key: int) -> int:
+    """A 64-bit number that looks like no other for any `key`."""
+    key = (key + 0x9E3779B97F4A7C15) & MASK
+    key = ((key ^ key >> 30) * 0xBF58476D1CE4E5B9) & MASK
+    key = ((key ^ key >> 27) * 0x94D049BB133111EB) & MASK
+    return key ^ key >> 31
 
 
 def _fill(key: int, low: int, out: np.ndarray) -> None:
@@ -39,3 +49,5 @@ def _fill(key: int, low: int, out: np.ndarray) -> None:
     out ^= np.right_shift(out, np.uint32(15), out=shifted)
     out *= np.uint32(0x846CA68B)
     out ^= np.right_shift(out, np.uint32(16), out=shifted)
+    out *= np.uint32(0x7FEB352D)
+    out ^= np.right_shift(out, np.uint32(15), out=shifted)
