@@ -14,12 +14,12 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (  # from the roof down: a module imports lower rows, and in its own row only what stands left of it
     ("__main__",),
     ("commands",),
-    ("chat", "merge", "live", "verify", "cluster", "review", "compare", "train", "arena", "evaluate", "demo"),
+    ("chat", "merge", "live", "verify", "cluster", "review", "compare", "train", "pairwise", "arena", "evaluate", "demo"),
     ("settings", "recipe_yaml", "recipe_rules", "recipe", "mergekit", "weights", "slices", "checkpoint_stack", "plan", "card",
      "distill"),
     ("preflight", "variation", "inspection", "writer"),
     ("dtypes", "compiled", "header", "journal", "shards", "anatomy", "files", "quantised", "checkpoint", "digest", "blocks", "view",
-     "pickles", "adapters", "hub", "sources", "vocabulary", "tables", "documents", "methods", "align"),
+     "pickles", "adapters", "hub", "sources", "tables", "documents", "methods", "align", "tokens", "vocabulary"),
     ("errors", "progress", "version"),
 )
 RANK = {module: (-row, column) for row, modules in enumerate(LEVELS) for column, module in enumerate(modules)}

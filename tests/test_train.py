@@ -10,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fusion import Checkpoint, FusionError, OutputError, RecipeError
+from fusion.distill.fused import Example
 from fusion.progress import finish
-from fusion.train import Collator, Estimate, Example, Training, _packed, estimate, train
+from fusion.train import Estimate, Training, estimate
+from fusion.train.trainer import Collator, pack, train
 from tests.conftest import load_tensors, save_family
 
 FAST = Training(learning_rate=1e-3, batch=2, accumulate=1, max_steps=3, schedule="constant", warmup=0.0)
@@ -100,10 +102,10 @@ def test_packed_rows_give_the_same_loss(pivot, tmp_path):
 
 def test_packing_loses_nothing():
     data = examples(9)
-    rows = _packed(data, 20)
-    assert sorted(id(example) for row in rows for example in row) == sorted(map(id, data))
-    assert all(sum(len(example.ids) for example in row) <= 20 for row in rows) and len(rows) < 9
-    batch = Collator()([row for row in rows if len(row) > 1][:1])
+    rows = pack([len(example.ids) for example in data], 20)
+    assert sorted(i for row in rows for i in row) == list(range(9)) and len(rows) < 9
+    assert all(sum(len(data[i].ids) for i in row) <= 20 for row in rows)
+    batch = Collator()([[data[i] for i in row] for row in rows if len(row) > 1][:1])
     assert (batch["position_ids"] == 0).sum() == len(next(row for row in rows if len(row) > 1))
 
 

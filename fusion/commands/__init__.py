@@ -1,5 +1,5 @@
 """The commands of `python -m fusion`, one module per group; each has `add(command)`."""
 
-from fusion.commands import demo, merging, methods, models
+from fusion.commands import demo, fusing, mergekit, merging, methods, models
 
-GROUPS = (models, methods, merging, demo)
+GROUPS = (models, methods, merging, mergekit, fusing, demo)

@@ -40,6 +40,7 @@ class Store:
         self.folder, self.sizes = Path(folder), tuple(sizes)
         self.starts = np.concatenate(([0], np.cumsum(self.sizes))).astype(np.int64)
         wanted = json.dumps({**plan, "sizes": list(self.sizes)}, sort_keys=True, indent=1)
+        self.plan_digest = hashlib.sha256(wanted.encode()).hexdigest()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / PLAN_FILE
@@ -47,7 +48,7 @@ class Store:
                 if any(self.folder.iterdir()):
                     raise CheckpointError("the folder is not empty and was not made by this program", where=str(self.folder),
                                           todo="Choose an empty folder.")
-                _write(file, wanted.encode())
+                write_whole(file, wanted.encode())
             elif file.read_text(encoding="utf-8") != wanted:
                 raise CheckpointError("the folder holds the distributions of another model, data or setting",
                                       where=str(self.folder), todo="Choose another folder, or remove this one.")
@@ -73,7 +74,7 @@ class Store:
         for field, dtype in (("ids", np.int32), ("logprobs", np.float16), ("logsumexp", np.float32), ("nats", np.float32)):
             arrays[field] = np.concatenate([getattr(row, field) for row in rows]).astype(dtype)
         try:
-            _write(self._file(shard), save(arrays))
+            write_whole(self._file(shard), save(arrays))
         except OSError as error:
             raise OutputError(f"cannot be written ({error.strerror})", where=str(self.folder)) from error
 
@@ -107,7 +108,8 @@ def data_digest(texts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _write(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a small file durably under its name, or not at all."""
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("wb") as stream:
         stream.write(content)

@@ -95,19 +95,27 @@ def context_of(config) -> int | None:
     return None
 
 
-def represent(teacher: Teacher, dialogues: Sequence[Dialogue], folder: str | os.PathLike, *, top_k: int = 10,
-              batch_tokens: int = BATCH_TOKENS, shard_dialogues: int = SHARD_DIALOGUES) -> Work[Store]:
-    """Read off a teacher's distributions at every label of every dialogue into `folder`; yields Progress, returns the Store.
-
-    A run that was stopped or killed continues at the first missing shard. Memory: one batch of about `batch_tokens` tokens
-    and its logits. Source: FuseLLM, arXiv 2401.10491; FuseChat, arXiv 2402.16107, section 3.2.
-    """
+def prepare(teacher: Teacher, dialogues: Sequence[Dialogue], folder: str | os.PathLike, *, top_k: int = 10,
+            shard_dialogues: int = SHARD_DIALOGUES) -> Store:
+    """Make the store of a teacher's distributions, or open it where it was begun; CheckpointError when it is another's."""
     sizes = [min(shard_dialogues, len(dialogues) - start) for start in range(0, len(dialogues), shard_dialogues)]
     texts = [message["content"] for dialogue in dialogues for message in dialogue.messages()]
-    store = Store(folder, {"teacher": teacher.mark, "data": data_digest(texts), "top_k": top_k,
-                           "template": teacher.encoder.template, "max_tokens": teacher.encoder.max_tokens}, sizes)
-    missing = store.missing()
-    meter = Meter("Reading off distributions", sum(sizes[shard] for shard in missing), "dialogues")
+    return Store(folder, {"teacher": teacher.mark, "data": data_digest(texts), "top_k": top_k,
+                          "template": teacher.encoder.template, "max_tokens": teacher.encoder.max_tokens}, sizes)
+
+
+def represent(teacher: Teacher, dialogues: Sequence[Dialogue], folder: str | os.PathLike, *, top_k: int = 10,
+              batch_tokens: int = BATCH_TOKENS, shard_dialogues: int = SHARD_DIALOGUES,
+              part: tuple[int, int] = (0, 1)) -> Work[Store]:
+    """Read off a teacher's distributions at every label of every dialogue into `folder`; yields Progress, returns the Store.
+
+    A run that was stopped or killed continues at the first missing shard. `part` (number, count): several processes share the
+    shards. Memory: one batch of about `batch_tokens` tokens and its logits. Source: FuseLLM, arXiv 2401.10491; FuseChat,
+    arXiv 2402.16107, section 3.2.
+    """
+    store = prepare(teacher, dialogues, folder, top_k=top_k, shard_dialogues=shard_dialogues)
+    missing = [shard for shard in store.missing() if shard % part[1] == part[0]]
+    meter = Meter("Reading off distributions", sum(store.sizes[shard] for shard in missing), "dialogues")
     yield meter.step()
     for shard in missing:
         encoded = [teacher.encoder.encode(dialogues[number]) for number in store.dialogues(shard)]

@@ -1,9 +1,7 @@
-"""Pairwise fusion training: the pivot, lightly fine-tuned towards fused targets; the same function does plain fine-tuning.
-
-    result = finish(train("pivot", examples, "target-qwen", Training(lm_weight=0.9)))
+"""The loop of fusion training: one loss on top of `transformers.Trainer`, run in a thread so that it can be watched and stopped.
 
 `transformers.Trainer` runs the loop, so `accelerate launch`, FSDP, DeepSpeed, bfloat16, gradient checkpointing and resuming
-work as people know them. Price: full-vocabulary logits of one batch, which `estimate` counts before anything starts.
+work as people know them. Price: full-vocabulary logits of one batch, which `settings.estimate` counts before anything starts.
 """
 
 from __future__ import annotations
@@ -15,8 +13,8 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -25,76 +23,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from transformers.trainer_callback import PrinterCallback
 
 from fusion.checkpoint import Checkpoint
-from fusion.distill.losses import KINDS, fusion_loss
-from fusion.errors import FusionError, OutputError, RecipeError, Stopped, nearest
+from fusion.distill.fused import Example
+from fusion.distill.losses import fusion_loss
+from fusion.errors import FusionError, OutputError, RecipeError, Stopped
 from fusion.progress import Progress, Work
+from fusion.train.settings import Training
 
 # transformers gave the switch a new name in the course of version 5
 _CHECKPOINTING = next(item.name for item in fields(TrainingArguments)
                       if item.name in ("activation_checkpointing", "gradient_checkpointing"))
-
-
-@dataclass(frozen=True)
-class Example:
-    """One dialogue to learn: `ids` [T], `labels` [L] positions in it, fused targets `target_ids`, `chances` [L, K]."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    target_ids: np.ndarray
-    chances: np.ndarray
-
-
-@dataclass(frozen=True)
-class Training:
-    """How to train; the defaults are the paper's. `lm_weight` is λ: 1 is plain fine-tuning, the SFT baseline.
-
-    `batch` dialogues per device and step, `accumulate` such batches per update; `epochs` or `max_steps`; `warmup` a share of
-    all steps (from 1 on: a number of steps); `lora_rank` > 0 trains a low-rank adapter and merges it at the end; `pack` joins
-    dialogues into rows of `max_tokens`; `extra` are further TrainingArguments (fsdp, deepspeed …). Source: FuseChat, arXiv
-    2402.16107, section 4.1.
-    """
-
-    lm_weight: float = 0.9
-    kind: str = "ce"
-    learning_rate: float = 5e-6
-    epochs: float = 3.0
-    max_steps: int = -1
-    batch: int = 4
-    accumulate: int = 4
-    warmup: float = 0.03
-    schedule: str = "cosine"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
-    dtype: str = "float32"
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    lora_rank: int = 0
-    lora_alpha: int = 16
-    pack: bool = False
-    max_tokens: int = 2048
-    seed: int = 42
-    save_steps: int = 200
-    log_steps: int = 1
-    extra: Mapping[str, object] = field(default_factory=dict)
-
-    def check(self) -> Training:
-        """Return self, or raise RecipeError with everything that is wrong."""
-        found = []
-        if self.kind not in KINDS:
-            found.append(f"kind: unknown {self.kind!r}. {nearest(str(self.kind), KINDS)}")
-        if not 0 <= self.lm_weight <= 1:
-            found.append(f"lm_weight: {self.lm_weight} is not from 0 to 1.")
-        for name in ("learning_rate", "batch", "accumulate", "clip", "max_tokens", "save_steps", "log_steps"):
-            if not getattr(self, name) > 0:
-                found.append(f"{name}: {getattr(self, name)} is not above 0.")
-        if not (self.epochs > 0 or self.max_steps > 0):
-            found.append("epochs: give epochs or max_steps above 0.")
-        if self.lora_rank < 0:
-            found.append(f"lora_rank: {self.lora_rank} is below 0.")
-        if found:
-            raise RecipeError("\n".join(found), where="training")
-        return self
 
 
 @dataclass(frozen=True)
@@ -103,37 +40,6 @@ class TrainResult:
 
     folder: Path
     history: tuple[dict, ...]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a training will take: `tokens` read, `steps`, `memory_bytes` at the peak on one device, `seconds` (a rough guess)."""
-
-    tokens: int
-    steps: int
-    memory_bytes: int
-    seconds: float
-
-
-def estimate(pivot: Checkpoint, lengths: Sequence[int], training: Training, *, flops_per_s: float = 3e10) -> Estimate:
-    """Predict memory and time from headers and dialogue lengths.
-
-    Memory: weights, gradients and two AdamW moments in float32 (only the adapter's for LoRA), activations of one batch and
-    its logits twice. Time: 6 operations a parameter and token at `flops_per_s` (the default is two CPU cores).
-    """
-    longest = max(lengths, default=0) if not training.pack else training.max_tokens
-    width, layers = int(pivot.config.get("hidden_size", pivot.config.get("n_embd", 1024))), max(pivot.layers, 1)
-    vocabulary = pivot.vocab_size or 0
-    weights = pivot.parameters * (2 if training.bf16 and training.lora_rank else 4)
-    trained = pivot.parameters if not training.lora_rank else 2 * training.lora_rank * width * layers * 7
-    per_token = width * layers * (2 if training.gradient_checkpointing else 34)
-    activations = training.batch * longest * (per_token * 4 + vocabulary * 4 * 2)
-    tokens = int(sum(lengths) * training.epochs)
-    per_step = training.batch * training.accumulate
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(len(lengths) * training.epochs / per_step)
-    if training.max_steps > 0 and lengths:
-        tokens = int(np.mean(lengths) * per_step * training.max_steps)
-    return Estimate(tokens, steps, weights + trained * 12 + activations, 6.0 * pivot.parameters * tokens / flops_per_s)
 
 
 def train(pivot: str | os.PathLike, examples: Sequence[Example], out: str | os.PathLike, training: Training,
@@ -218,7 +124,7 @@ def _trainer(pivot: str | os.PathLike, examples: Sequence[Example], work: Path,
         save_strategy="steps", save_steps=training.save_steps, save_total_limit=2, logging_steps=training.log_steps,
         report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(), logging_nan_inf_filter=False, **dict(training.extra))
-    data = _packed(examples, training.max_tokens) if training.pack else [[example] for example in examples]
+    data = Rows(examples, training)
     watch = _Watch()
     trainer = FusionTrainer(model=model, args=arguments, train_dataset=data, data_collator=Collator(), callbacks=[watch])
     trainer.remove_callback(PrinterCallback)
@@ -237,18 +143,33 @@ def _with_adapter(model, training: Training):
                                             task_type="CAUSAL_LM"))
 
 
-def _packed(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+class Rows(torch.utils.data.Dataset):
+    """The rows of a training: one dialogue each, or packed; dialogues are fetched when a row is asked for."""
+
+    def __init__(self, examples: Sequence[Example], training: Training):
+        self.examples = examples
+        self.rows = pack([len(example.ids) for example in examples], training.max_tokens) if training.pack \
+            else [[i] for i in range(len(examples))]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> list[Example]:
+        return [self.examples[i] for i in self.rows[number]]
+
+
+def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Join dialogues into rows of at most `max_tokens`: the longest first, each into the first row that has room."""
-    rows: list[list[Example]] = []
+    rows: list[list[int]] = []
     room: list[int] = []
-    for example in sorted(examples, key=lambda example: -len(example.ids)):
-        at = next((i for i, left in enumerate(room) if left >= len(example.ids)), None)
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = next((row for row, left in enumerate(room) if left >= lengths[i]), None)
         if at is None:
             rows.append([])
-            room.append(max(max_tokens, len(example.ids)))
+            room.append(max(max_tokens, lengths[i]))
             at = len(rows) - 1
-        rows[at].append(example)
-        room[at] -= len(example.ids)
+        rows[at].append(i)
+        room[at] -= lengths[i]
     return rows
 
 
@@ -318,7 +239,10 @@ class _Watch(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
             return
-        parts, self._parts = [part / max(args.logging_steps, 1) for part in self._parts], [0.0, 0.0]
+        total, self._parts = torch.tensor(self._parts, device=args.device), [0.0, 0.0]
+        if args.world_size > 1:  # every process saw its own labels
+            torch.distributed.all_reduce(total)
+        parts = (total / max(args.logging_steps, 1)).tolist()
         self.history.append({"step": state.global_step, "loss": logs["loss"], "clm": parts[0], "fusion": parts[1],
                              "learning_rate": logs.get("learning_rate", 0.0)})
         odd = next((name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))), None)

@@ -1,0 +1,9 @@
+"""Pairwise knowledge fusion from end to end: any source models, one recipe, targets of the pivot's shape and their merge.
+
+    finish(run(FuseRecipe.load("fuse.yaml"), "fused"))
+"""
+
+from fusion.pairwise.recipe import FuseRecipe
+from fusion.pairwise.stages import FuseResult, Stage, plan, run
+
+__all__ = ["FuseRecipe", "FuseResult", "Stage", "plan", "run"]

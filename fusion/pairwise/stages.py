@@ -1,0 +1,298 @@
+"""The stages of a fusion run, each of which is skipped when its result is there: data, distributions, fused targets,
+training, merge.
+
+A run that was stopped, killed or extended by one more source does only what is not yet done. Everything lies in one folder:
+`work/` holds what can be made again, `targets/` and `merged/` are the results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fusion.checkpoint import Checkpoint
+from fusion.distill.dialogues import Dialogue, Report, load, split_long
+from fusion.distill.encoding import PLAIN, Encoder
+from fusion.distill.fused import STATISTICS_FILE, FusedData, Knower, build
+from fusion.distill.store import PLAN_FILE, Store, write_whole
+from fusion.distill.teacher import LocalTeacher, prepare, represent
+from fusion.errors import FusionError, MismatchError, OutputError
+from fusion.merge import merge
+from fusion.pairwise.recipe import FuseRecipe
+from fusion.progress import Progress, Work
+from fusion.sources import open_checkpoint
+from fusion.train import Estimate, estimate
+
+RECIPE_FILE = "fuse_recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage as it is shown: `name`, what it concerns, whether its result is there."""
+
+    name: str
+    subject: str
+    done: bool
+
+
+@dataclass(frozen=True)
+class FuseResult:
+    """A finished run: folders of the targets and of their merge (None in mode multi), the data report, alignment statistics."""
+
+    targets: dict[str, Path]
+    merged: Path | None
+    report: dict
+    statistics: dict
+
+
+class Place:
+    """The files of one run under its folder."""
+
+    def __init__(self, out: str | os.PathLike):
+        self.out = Path(out).absolute()
+        self.dialogues = self.out / "work" / "dialogues.jsonl"
+        self.report = self.out / "work" / "dialogues_report.json"
+        self.merged = self.out / "merged"
+
+    def distributions(self, name: str) -> Path:
+        return self.out / "work" / "distributions" / name.replace("/", "-")
+
+    def fused(self, target: str) -> Path:
+        return self.out / "work" / "fused" / target
+
+    def target(self, target: str) -> Path:
+        return self.out / "targets" / target
+
+
+def plan(recipe: FuseRecipe, out: str | os.PathLike) -> list[Stage]:
+    """The stages of a run in order, and which of them are done."""
+    place = Place(out)
+    stages = [Stage("data", recipe.data, place.dialogues.exists())]
+    for name in ("pivot", *recipe.names):
+        stages.append(Stage("distributions", name, _complete(place.distributions(name))))
+    for target in recipe.target_names:
+        stages.append(Stage("fused targets", target, (place.fused(target) / STATISTICS_FILE).exists()))
+    for target in recipe.target_names:
+        stages.append(Stage("training", target, place.target(target).is_dir()))
+    if recipe.mode == "pairwise":
+        stages.append(Stage("merge", str(recipe.merge.get("method", "varm")), place.merged.is_dir()))
+    return stages
+
+
+def cost(recipe: FuseRecipe, out: str | os.PathLike) -> Estimate | None:
+    """What training one target will take, from the stored dialogues; None before the data stage is done."""
+    place = Place(out)
+    if not place.dialogues.exists():
+        return None
+    encoder, checkpoint = _encoder(recipe.pivot, recipe), open_checkpoint(recipe.pivot)
+    lengths = [len(encoder.encode(dialogue).ids) for dialogue in stored_dialogues(place.dialogues)]
+    checkpoint.close()
+    return estimate(checkpoint, lengths, recipe.training)
+
+
+def run(recipe: FuseRecipe, out: str | os.PathLike) -> Work[FuseResult]:
+    """Run every stage that is not yet done into the folder `out`; yields Progress, returns the FuseResult.
+
+    A folder of another recipe is refused (only `sources`, `mode` and `merge` may change: one more source costs one more target
+    and a new merge). Under `accelerate launch` the distributions are shared among the processes and training is data-parallel.
+    """
+    recipe.check()
+    place, crew = Place(out), Crew()
+    if crew.first:
+        _claim(recipe, place)
+    crew.wait()
+    encoders = {name: _encoder(source, recipe) for name, source in (("pivot", recipe.pivot), *zip(recipe.names, recipe.sources,
+                                                                                                strict=True))}
+    dialogues, report = yield from _data(recipe, place, encoders, crew)
+    knowers = {}
+    for name, source in (("pivot", recipe.pivot), *zip(recipe.names, recipe.sources, strict=True)):
+        store = yield from _distributions(name, source, recipe, place, dialogues, crew)
+        knowers[name] = Knower(name, encoders[name], store)
+    statistics, targets = {}, {}
+    groups = [[name] for name in recipe.names] if recipe.mode == "pairwise" else [list(recipe.names)]
+    for target, group in zip(recipe.target_names, groups, strict=True):
+        fused = yield from _fused(target, [knowers["pivot"], *(knowers[name] for name in group)], recipe, place, dialogues, crew)
+        statistics[target] = json.loads((place.fused(target) / STATISTICS_FILE).read_text(encoding="utf-8"))
+        targets[target] = yield from _trained(target, fused, recipe, place)
+    crew.wait()
+    if recipe.mode == "pairwise" and crew.first and not place.merged.is_dir():
+        paths = tuple(str(folder) for folder in targets.values())
+        yield from _labelled(merge(recipe.merge_recipe(recipe.pivot, paths), place.merged), "Merging the targets")
+    crew.wait()
+    return FuseResult(targets, place.merged if recipe.mode == "pairwise" else None, report, statistics)
+
+
+class Crew:
+    """The processes of `accelerate launch`, or the only one: who is first, and waiting for each other."""
+
+    def __init__(self):
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._state = None
+        if self.count > 1:
+            import torch
+            from accelerate import PartialState
+
+            self._state = PartialState(cpu=not torch.cuda.is_available())
+
+    @property
+    def first(self) -> bool:
+        """Whether this process does what only one may do."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self._state is not None:
+            self._state.wait_for_everyone()
+
+
+def _claim(recipe: FuseRecipe, place: Place) -> None:
+    """Make the folder, or make sure that what lies there is of the same recipe."""
+    file = place.out / RECIPE_FILE
+    if place.out.exists() and not file.exists() and any(place.out.iterdir()):
+        raise OutputError("the folder is not empty and was not made by this program", where=str(place.out),
+                          todo="Choose another folder.")
+    fixed = {key: value for key, value in recipe.to_dict().items() if key not in ("sources", "mode", "merge", "batch_tokens")}
+    if file.exists():
+        before = FuseRecipe.load(file).to_dict()
+        other = sorted(key for key in fixed.keys() | before.keys() if key not in ("sources", "mode", "merge", "batch_tokens")
+                       and fixed.get(key) != before.get(key))
+        if other:
+            raise MismatchError(f"the folder was begun with another recipe ({', '.join(other)} differ)", where=str(place.out),
+                                todo="Choose another folder, or give the recipe it was begun with.")
+    try:
+        (place.out / "work").mkdir(parents=True, exist_ok=True)
+        write_whole(file, recipe.to_yaml().encode())
+    except OSError as error:
+        raise OutputError(f"cannot be written ({error.strerror})", where=str(place.out)) from error
+
+
+def _encoder(source: str, recipe: FuseRecipe) -> Encoder:
+    from transformers import AutoTokenizer
+
+    checkpoint = open_checkpoint(source)
+    checkpoint.close()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    return Encoder(tokenizer, template_of(recipe), recipe.max_tokens)
+
+
+def template_of(recipe: FuseRecipe) -> str | None:
+    """The chat template shared by all models, None when each uses its own."""
+    return {"own": None, "plain": PLAIN}.get(recipe.template, recipe.template)
+
+
+def _data(recipe: FuseRecipe, place: Place, encoders: dict[str, Encoder], crew: Crew) -> Work[tuple[list[Dialogue], dict]]:
+    """Read, split and check the dialogues once; every model must be able to show each of them as it is."""
+    if crew.first and not (place.dialogues.exists() and place.report.exists()):
+        yield Progress("Reading dialogues", note=recipe.data)
+        dialogues, report = load(recipe.data, limit=recipe.limit or None)
+        dialogues = split_long(dialogues, lambda dialogue: max(encoder.length(dialogue) for encoder in encoders.values()),
+                               recipe.max_tokens, report)
+        kept = [dialogue for dialogue in dialogues if _shown(dialogue, encoders, report)]
+        if not kept:
+            raise MismatchError("no dialogue can be shown to every model", where=recipe.data, todo=str(report))
+        records = [json.dumps({"origin": d.origin, "messages": d.messages()}, ensure_ascii=False) for d in kept]
+        write_whole(place.report, json.dumps({**report.to_dict(), "used": len(kept)}, indent=1).encode())
+        write_whole(place.dialogues, ("\n".join(records) + "\n").encode("utf-8", "replace"))
+    crew.wait()
+    return stored_dialogues(place.dialogues), json.loads(place.report.read_text(encoding="utf-8"))
+
+
+def stored_dialogues(file: Path) -> list[Dialogue]:
+    """The dialogues of a run as the data stage kept them."""
+    dialogues = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        messages = record["messages"]
+        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
+        texts = [message["content"] for message in messages]
+        dialogues.append(Dialogue(tuple(zip(texts[::2], texts[1::2], strict=True)), system, record["origin"]))
+    return dialogues
+
+
+def _shown(dialogue: Dialogue, encoders: dict[str, Encoder], report: Report) -> bool:
+    for name, encoder in encoders.items():
+        try:
+            encoded = encoder.encode(dialogue)
+            encoder.check(dialogue, encoded)
+        except MismatchError as error:
+            report.note(f"{name}: {error.found}"[:120], dialogue.origin)
+            return False
+        if not len(encoded.labels):
+            report.note(f"{name}: nothing of the reply fits into the tokens allowed", dialogue.origin)
+            return False
+    return True
+
+
+def _distributions(name: str, source: str, recipe: FuseRecipe, place: Place, dialogues: Sequence[Dialogue],
+                   crew: Crew) -> Work[Store]:
+    folder = place.distributions(name)
+    if _complete(folder):
+        yield Progress(f"Distributions of {name}", note="already there")
+    teacher = None if _complete(folder) and crew.count == 1 else LocalTeacher(
+        source, template=template_of(recipe), max_tokens=recipe.max_tokens, dtype=recipe.teacher_dtype)
+    mark = open_checkpoint(source).fingerprint if teacher is None else teacher.mark
+    encoder = _encoder(source, recipe) if teacher is None else teacher.encoder
+    teacher = teacher or Finished(encoder, mark)
+    if crew.first:
+        prepare(teacher, dialogues, folder, top_k=recipe.top_k)
+    crew.wait()
+    store = yield from _labelled(represent(teacher, dialogues, folder, top_k=recipe.top_k, batch_tokens=recipe.batch_tokens,
+                                           part=(crew.rank, crew.count)), f"Distributions of {name}")
+    crew.wait()
+    return store
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A teacher whose distributions are all stored: it can only say who it is."""
+
+    encoder: Encoder
+    mark: str
+
+    def rows(self, batch, top_k):
+        """Never asked for."""
+        raise FusionError("a shard of the distributions disappeared", todo="Run the command again.")
+
+
+def _fused(target: str, knowers: Sequence[Knower], recipe: FuseRecipe, place: Place, dialogues: Sequence[Dialogue],
+           crew: Crew) -> Work[FusedData]:
+    if crew.first:
+        yield from _labelled(build(dialogues, knowers[0], knowers[1:], place.fused(target), recipe.blend), f"Fusing for {target}")
+    crew.wait()
+    return FusedData(place.fused(target))
+
+
+def _trained(target: str, fused: FusedData, recipe: FuseRecipe, place: Place) -> Work[Path]:
+    from fusion.train.trainer import train
+
+    folder = place.target(target)
+    if folder.is_dir():
+        Checkpoint(folder).close()
+        yield Progress(f"Training {target}", note="already there")
+        return folder
+    checkpoint = open_checkpoint(recipe.pivot)
+    checkpoint.close()
+    result = yield from _labelled(train(checkpoint.folder, fused, folder, recipe.training, resume=True), f"Training {target}")
+    return result.folder
+
+
+def _complete(folder: Path) -> bool:
+    if not (folder / PLAN_FILE).exists():
+        return False
+    sizes = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8")).get("sizes", [])
+    return all((folder / f"rows-{shard:05}.safetensors").exists() for shard in range(len(sizes)))
+
+
+def _labelled(work: Work, stage: str) -> Work:
+    """The same work with its stage called by another name."""
+    try:
+        while True:
+            yield replace(next(work), stage=stage)
+    except StopIteration as end:
+        return end.value
+    finally:
+        work.close()
+

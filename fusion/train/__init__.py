@@ -1,0 +1,9 @@
+"""Pairwise fusion training: the pivot, lightly fine-tuned towards fused targets; the same function does plain fine-tuning.
+
+    from fusion.train.trainer import train          # loads torch
+    result = finish(train("pivot", examples, "target-qwen", Training(lm_weight=0.9)))
+"""
+
+from fusion.train.settings import Estimate, Training, estimate
+
+__all__ = ["Estimate", "Training", "estimate"]

@@ -1,0 +1,171 @@
+"""The whole pipeline on the demo models: every stage, nothing twice, one source more, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from fusion import Checkpoint, MismatchError, OutputError, RecipeError, demo
+from fusion.__main__ import main
+from fusion.demo.dialogues import conversation
+from fusion.demo.family import RECIPES
+from fusion.distill.fused import FusedData
+from fusion.distill.targets import Blend
+from fusion.pairwise import FuseRecipe, plan, run
+from fusion.progress import finish
+from fusion.train import Training
+from tests.conftest import load_tensors, snapshot
+
+TRAINING = Training(learning_rate=1e-3, batch=4, accumulate=1, max_steps=3, schedule="constant", warmup=0.0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rng = Random(3)
+    file = tmp_path_factory.mktemp("data") / "dialogues.jsonl"
+    records = [{"messages": conversation(RECIPES["pivot"].mixture, rng)} for _ in range(20)]
+    file.write_text("\n".join(map(json.dumps, [*records, {"nothing": 1}])))
+    return file
+
+
+@pytest.fixture(scope="module")
+def recipe(data):
+    return FuseRecipe(str(demo.FOLDER / "pivot"), tuple(str(demo.FOLDER / name) for name in ("source-qwen", "source-neox")),
+                      str(data), training=TRAINING)
+
+
+@pytest.fixture(scope="module")
+def done(recipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fused") / "run"
+    notes = []
+    return out, finish(run(recipe, out), lambda progress: notes.append(progress.stage)), notes
+
+
+def test_every_stage_leaves_its_result(done, recipe):
+    out, result, notes = done
+    assert list(result.targets) == ["target-qwen", "target-neox"] and result.report["used"] == 20
+    assert all(stage.done for stage in plan(recipe, out))
+    pivot = Checkpoint(recipe.pivot)
+    for folder in (*result.targets.values(), result.merged):
+        made = Checkpoint(folder)
+        assert {name: tensor.shape for name, tensor in made.info.items()} == {n: t.shape for n, t in pivot.info.items()}
+        assert any((made[name] != pivot[name]).any() for name in pivot)
+    assert "Distributions of source-qwen" in notes and "Training target-neox" in notes and "Merging the targets" in notes
+    assert [reason["count"] for reason in result.report["reasons"]] == [1]
+
+
+def test_alignment_statistics_add_up(done):
+    for statistics in done[1].statistics.values():
+        assert sum(statistics["chosen"].values()) == pytest.approx(1)
+        for name, share in statistics["aligned"].items():
+            assert 0.4 < share <= 1 and sum(statistics["kinds"][name].values()) == pytest.approx(1)
+
+
+def test_nothing_is_done_twice(done, recipe):
+    out, _, _ = done
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    again = finish(run(recipe, out))
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+    assert again.report == done[1].report
+
+
+def test_fused_examples_are_read_piece_by_piece(done):
+    fused = FusedData(done[0] / "work" / "fused" / "target-qwen")
+    assert len(fused) == 20 and len(fused[-1].ids) == len(fused[19].ids)
+    for example in fused:
+        total = example.chances.astype(np.float64).sum(axis=1)
+        assert ((np.abs(total - 1) < 5e-3) | (total == 0)).all() and len(example.labels) == len(total) == len(example.choice)
+
+
+def test_one_more_source_costs_one_more_target(recipe, tmp_path):
+    one = recipe.with_(sources=recipe.sources[:1], names=recipe.names[:1], merge={"method": "linear"})
+    finish(run(one, tmp_path / "run"))
+    first = (tmp_path / "run" / "targets" / "target-qwen" / "model.safetensors").stat().st_mtime_ns
+    assert [stage.done for stage in plan(recipe, tmp_path / "run")] == [True, True, True, False, True, False, True, False, True]
+    (tmp_path / "run" / "merged").rename(tmp_path / "merged-one")
+    result = finish(run(recipe, tmp_path / "run"))
+    assert (result.targets["target-qwen"] / "model.safetensors").stat().st_mtime_ns == first and result.merged.is_dir()
+
+
+def test_another_recipe_is_not_mixed_in(done, recipe, tmp_path):
+    with pytest.raises(MismatchError, match="top_k differ"):
+        finish(run(recipe.with_(top_k=4), done[0]))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    with pytest.raises(OutputError, match="not made by this program"):
+        finish(run(recipe, tmp_path / "full"))
+    assert snapshot(tmp_path / "full") == {"mine.txt": b"keep"}
+
+
+def test_all_sources_at_once(recipe, tmp_path):
+    result = finish(run(recipe.with_(mode="multi", blend=Blend(rule="avgce", level="turn")), tmp_path / "run"))
+    assert list(result.targets) == ["target-multi"] and result.merged is None
+    assert set(result.statistics["target-multi"]["chosen"]) == {"pivot", "source-qwen", "source-neox"}
+
+
+def test_the_command(done, recipe, tmp_path, capsys):
+    file = tmp_path / "fuse.yaml"
+    file.write_text(recipe.to_yaml())
+    assert main(["fuse", str(file), "--out", str(done[0]), "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("done") == 9 and "peak memory" in said
+    assert main(["fuse", str(file), "--out", str(done[0]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["used"] == 20
+
+
+def test_two_processes_give_the_same_targets(recipe, tmp_path):
+    small = recipe.with_(sources=recipe.sources[:1], names=recipe.names[:1], training=Training(**{
+        **vars(TRAINING), "batch": 2, "max_steps": 2}))
+    file = tmp_path / "fuse.yaml"
+    file.write_text(small.to_yaml())
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "fusion", "fuse", str(file),
+               "--out", str(tmp_path / "two")]
+    ran = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=200,
+                         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    alone = small.with_(training=Training(**{**vars(small.training), "batch": 4}))
+    finish(run(alone, tmp_path / "one"))
+    both = [load_tensors(tmp_path / name / "targets" / "target-qwen") for name in ("one", "two")]
+    pivot = load_tensors(Path(recipe.pivot))
+    moved = sum(float((both[0][name].float() - pivot[name].float()).norm()) for name in pivot)
+    apart = sum(float((both[0][name].float() - both[1][name].float()).norm()) for name in pivot)
+    assert moved > 0 and apart < 0.01 * moved
+    history = [json.loads((tmp_path / name / "targets/target-qwen/training_history.json").read_text()) for name in ("one", "two")]
+    assert [list(step.values()) for step in history[0]] == [pytest.approx(list(step.values()), rel=1e-3) for step in history[1]]
+
+
+# ── the recipe ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_recipes_round_trip(recipe):
+    assert FuseRecipe.from_yaml(recipe.to_yaml()) == recipe
+    rich = recipe.with_(blend=Blend(rule="avgce"), mode="multi", merge={"method": "ties"}, limit=5, template="plain")
+    assert FuseRecipe.from_yaml(rich.to_yaml()) == rich
+
+
+def test_every_problem_is_reported_with_its_line():
+    text = ("fusechat_fuse: 1\npivot: p\nsources: [a, {paht: b}]\ndata: d\nmodee: multi\nblend:\n  rul: mince\n"
+            "training:\n  batch: much\nmax_tokens: no\n")
+    with pytest.raises(RecipeError) as error:
+        FuseRecipe.from_yaml(text)
+    said = str(error.value)
+    assert all(word in said for word in ("line 3: sources", "line 5: modee", "'mode'", "line 7: blend: rul", "'rule'",
+                                         "line 9: training: batch", "line 10: max_tokens"))
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    ("mode: all", "pairwise"), ("top_k: 0", "not above 0"), ("blend: {rule: max}", "avgce"),
+    ("training: {lm_weight: 2}", "lm_weight"),
+    ("merge: {method: ties, options: {densty: 1}}", "density"), ("sources: [x/a, y/a, x/a]", "name of its own")])
+def test_what_makes_no_sense_is_refused(change, word):
+    text = "fusechat_fuse: 1\npivot: p\ndata: d\n" + ("sources: [a]\n" if "sources" not in change else "") + change + "\n"
+    with pytest.raises(RecipeError, match=word):
+        FuseRecipe.from_yaml(text)
