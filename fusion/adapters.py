@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ import numpy as np
 
 from fusion import dtypes
 from fusion.anatomy import place
-from fusion.checkpoint import Checkpoint, sampled, stamps
+from fusion.checkpoint import Checkpoint, file_marks, resized, sampled
 from fusion.errors import CheckpointError, MismatchError, nearest
 from fusion.files import Files, read_json
 from fusion.header import TensorInfo, read_header
@@ -42,7 +43,7 @@ _PEFT = "Merge it into its base with peft's merge_and_unload and give that folde
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and no model of its own."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    return os.path.isfile(folder / CONFIG) and not os.path.isfile(folder / "config.json")
 
 
 def wanted_base(folder: Path) -> str:
@@ -91,7 +92,7 @@ class Adapted(View):
         self._thin = {target: self._understand(target, its) for target, its in parts.thin.items()}
         self.info = {**base.info, **{name: replace(base.info[own], name=name) for name, own in self._alias.items()},
                      **{name: self._replaced(name, tensor) for name, tensor in parts.whole.items()}}
-        self.config = _resized(base, self.info)
+        self.config = _config(base, self.info)
         self._factors = lru_cache(maxsize=4)(self._read_factors)
         self._norms = lru_cache(maxsize=4)(self._read_norms)
 
@@ -119,6 +120,12 @@ class Adapted(View):
         if name in self._whole:
             return self._open.tensor(self._whole[name], start, stop)
         return self.model.raw(self._alias.get(name, name), start, stop)
+
+    def raw_into(self, name: str, start: int, stop: int, out: np.ndarray) -> np.ndarray:
+        """See Checkpoint."""
+        if name in self._whole:
+            return self._open.tensor_into(self._whole[name], start, stop, out)
+        return self.model.raw_into(self._alias.get(name, name), start, stop, out)
 
     def plain(self, name: str) -> bool:
         """See Checkpoint."""
@@ -158,9 +165,9 @@ class Adapted(View):
         return hashlib.sha256((self.model.fingerprint + sampled(self.settings, self._tensors, self._open)).encode()).hexdigest()
 
     @property
-    def stamp(self) -> str:
+    def stamps(self) -> dict[Path, tuple[int, int, int]]:
         """See Checkpoint."""
-        return self.model.stamp + stamps({tensor.file for tensor in self._tensors.values()} | {self.adapter / CONFIG})
+        return {**self.model.stamps, **file_marks([*{tensor.file for tensor in self._tensors.values()}, self.adapter / CONFIG])}
 
     def _add(self, name: str, start: int, block: np.ndarray) -> None:
         """Add scale · left·right to the flat elements of `block` from `start` on, in place."""
@@ -303,16 +310,11 @@ def _matches(pattern: str, module: str, where: str) -> bool:
         raise CheckpointError(f"the alpha_pattern {pattern[:80]!r} cannot be used ({error})", where=where, todo=_PEFT) from error
 
 
-def _resized(base: Checkpoint, info: Mapping[str, TensorInfo]) -> dict:
+def _config(base: Checkpoint, info: Mapping[str, TensorInfo]) -> dict:
     """The base's config with the vocabulary size of an embedding that the adapter has resized."""
     rows = {info[name].shape[0] for name in info if place(name).kind == "embedding" and name in base.info
             and info[name].shape != base.info[name].shape}
-    if len(rows) != 1:
-        return base.config
-    inner = base.config.get("text_config")
-    if isinstance(inner, dict) and "vocab_size" in inner:
-        return {**base.config, "text_config": {**inner, "vocab_size": rows.pop()}}
-    return {**base.config, "vocab_size": rows.pop()}
+    return resized(base.config, rows.pop()) if len(rows) == 1 else base.config
 
 
 def _wants(folder: Path) -> str:

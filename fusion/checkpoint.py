@@ -179,7 +179,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def chat_template(self) -> str | None:
         """The tokenizer's own chat template, or None."""
         file = self.file("chat_template.jinja")
-        if file.is_file():
+        if os.path.isfile(file):
             return file.read_text(encoding="utf-8", errors="replace")
         template = read_json(self.file("tokenizer_config.json")).get("chat_template")
         return template if isinstance(template, str) else None
@@ -194,9 +194,14 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return sampled(self.config, self._stored, self._files)
 
     @property
+    def stamps(self) -> dict[Path, tuple[int, int, int]]:
+        """Every file that weights come from, with its size in bytes, time in ns and inode."""
+        return file_marks({tensor.file for tensor in self._stored.values()})
+
+    @property
     def stamp(self) -> str:
         """A mark of the very files on this disk: paths, sizes and times. It notices what `fingerprint` may miss."""
-        return stamps({tensor.file for tensor in self._stored.values()})
+        return repr(sorted((str(file.resolve()), *mark) for file, mark in self.stamps.items()))
 
     @property
     def origin(self) -> str:
@@ -213,7 +218,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return inner if isinstance(inner, dict) else {}
 
     def _config(self) -> dict:
-        if (self.folder / "config.json").is_file():
+        if os.path.isfile(self.folder / "config.json"):
             return read_json(self.folder / "config.json")
         raise CheckpointError("there is no config.json", where=str(self.folder), todo="Give the folder of a transformers model.")
 
@@ -240,6 +245,14 @@ def sampled(config: dict, tensors: Mapping[str, TensorInfo], files: Files) -> st
     return digest.hexdigest()
 
 
-def stamps(files: Iterable[Path]) -> str:
-    """A mark of these files: their paths, sizes and times."""
-    return repr([(str(file.resolve()), (stat := os.stat(file)).st_size, stat.st_mtime_ns, stat.st_ino) for file in sorted(files)])
+def file_marks(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+    """File → its size in bytes, time in ns and inode."""
+    return {file: ((stat := os.stat(file)).st_size, stat.st_mtime_ns, stat.st_ino) for file in files}
+
+
+def resized(config: dict, rows: int) -> dict:
+    """A config with another vocabulary size, where it keeps it: at the top or in `text_config`."""
+    inner = config.get("text_config")
+    if isinstance(inner, dict) and "vocab_size" in inner and "vocab_size" not in config:
+        return {**config, "text_config": {**inner, "vocab_size": rows}}
+    return {**config, "vocab_size": rows}

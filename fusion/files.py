@@ -17,14 +17,17 @@ from fusion.errors import CheckpointError
 from fusion.header import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 200_000_000
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file, {} when there is none; CheckpointError when it is something else."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES // 1_000_000} MB")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is not valid JSON ({error})", where=str(path.parent)) from error
@@ -67,8 +70,16 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def file_names(folder: Path, *ends: str) -> list[str]:
+    """The names in a folder that have one of these ends, sorted; CheckpointError when it cannot be read."""
+    try:
+        return sorted(name for name in os.listdir(folder) if name.endswith(ends))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read ({error.strerror})", where=str(folder)) from error
+
+
 def _single_file(folder: Path) -> list[str]:
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    found = file_names(folder, ".safetensors")
     if "model.safetensors" in found:
         return ["model.safetensors"]
     if len(found) == 1 and not found[0].startswith("adapter"):
@@ -76,7 +87,7 @@ def _single_file(folder: Path) -> list[str]:
     if found:
         raise CheckpointError(f"{len(found)} safetensors files without {INDEX}", where=str(folder),
                               todo="Add the index that belongs to the shards.")
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    pickles = file_names(folder, *PICKLES)
     if pickles:
         raise CheckpointError(f"only pickle weights ({pickles[0]}), which can run code when loaded", where=str(folder),
                               todo="Open it by its path with `open_checkpoint`, which converts pickles safely.")

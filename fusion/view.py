@@ -61,9 +61,9 @@ class View(Checkpoint):
         return self.model.fingerprint
 
     @property
-    def stamp(self) -> str:
+    def stamps(self) -> dict[Path, tuple[int, int, int]]:
         """See Checkpoint."""
-        return self.model.stamp
+        return self.model.stamps
 
     @property
     def origin(self) -> str:
