@@ -7,6 +7,7 @@ import json
 import numpy as np
 
 from fusion.anatomy import place
+from fusion.errors import printable
 from fusion.plan import MergePlan
 from fusion.recipe import Recipe
 from fusion.settings import plain
@@ -43,7 +44,7 @@ def _front_matter(plan: MergePlan) -> str:
 
 
 def _text(name: object) -> str:
-    readable = " ".join(str(name).encode(errors="replace").decode().split())  # a folder's name may be no valid text
+    readable = " ".join(printable(str(name).encode(errors="replace").decode()).split())  # a folder's name may be no valid text
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+!|&" else c for c in readable)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 MAX_CHARACTERS = 4_000_000
+MAX_DOCUMENTS = 100
 _WHOLE = re.compile(r"[-+]?[0-9]+")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None,
@@ -47,6 +48,9 @@ def read(text: str) -> tuple[list[Document], list[Problem]]:
         loader = _loader()(text)
         loader.problems = problems
         while loader.check_node():
+            if len(documents) == MAX_DOCUMENTS:
+                problems.append((loader.peek_event().start_mark.line + 1, f"more than {MAX_DOCUMENTS} documents"))
+                break
             lines: dict[Path, int] = {}
             documents.append(Document(_data(loader.get_node(), (), lines, problems), lines))
     except (yaml.YAMLError, RecursionError, ValueError) as error:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fusion.errors import CheckpointError, OutputError, ResourceError
-from fusion.files import INDEX, PICKLES, read_index
+from fusion.files import INDEX, PICKLES, file_names, read_index
 
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 _LEFTOVERS = {"training_args.bin", "optimizer.bin", "scheduler.bin", "random_states.bin"}  # what trainers leave beside a model
@@ -35,10 +35,10 @@ def cache_folder() -> Path:
 
 def pickled_files(folder: Path) -> list[Path]:
     """The pickles that hold a model's weights when no safetensors do, else []; CheckpointError when it is not clear which."""
-    if any(folder.glob("*.safetensors")) or (folder / INDEX).is_file():
+    if file_names(folder, ".safetensors") or os.path.isfile(folder / INDEX):
         return []
     named = sorted(set(read_index(folder / PICKLE_INDEX).values()))
-    found = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    found = file_names(folder, *PICKLES)
     whole = [name for name in found if name.endswith(".bin") and name not in _LEFTOVERS and not name.startswith("adapter")]
     files = named or (["pytorch_model.bin"] if "pytorch_model.bin" in found else whole)
     if not files and found and not found[0].startswith("adapter"):
@@ -47,7 +47,7 @@ def pickled_files(folder: Path) -> list[Path]:
     if len(files) > 1 and not named:
         raise CheckpointError(f"{len(files)} pickles without {PICKLE_INDEX}", where=str(folder),
                               todo="Add the index that belongs to the shards.")
-    gone = next((name for name in files if not (folder / name).is_file()), None)
+    gone = next((name for name in files if not os.path.isfile(folder / name)), None)
     if gone is not None:
         raise CheckpointError(f"the index names {gone}, which is missing", where=str(folder), todo="Download the missing shard.")
     return [folder / name for name in files]

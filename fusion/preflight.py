@@ -233,7 +233,7 @@ def _vocabulary(pivot: Checkpoint, target: Checkpoint):
                       "compared. Make sure that both models number their tokens alike.")
     elif mine != theirs:
         odd = next((token for token, number in theirs.items() if mine.get(token) != number), None)
-        odd = odd if odd is not None else next(token for token in mine if token not in theirs)
+        odd = odd if odd is not None else next((token for token in mine if token not in theirs), None)
         yield Finding("bad", target.name, "vocabulary", f"Its vocabulary differs from the pivot's ({len(theirs)} and "
                       f"{len(mine)} tokens; the first difference is {odd!r}). Rebuild the embeddings with the setting `vocabulary` "
                       f"(pivot, common or union). {FUSE_FIRST}")

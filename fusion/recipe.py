@@ -8,6 +8,7 @@ A file may hold several, the stages of one merge: see `stages_from_yaml`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -152,6 +153,7 @@ class Recipe:
         return replace(self, **changes)
 
 
+_SHOWN = 50  # problems of one file
 _OWN = 4  # fields before this one stand at the head of a recipe
 _ON_TARGETS = {"targets", "donor", "weights", "overrides", "options", "slices"}  # rules that need to know the targets
 _ON_METHOD = {"targets", "weights", "overrides", "options", "slices"}
@@ -217,13 +219,18 @@ def _references(stages: list[tuple[documents.Document, Recipe]]) -> Iterator[doc
 
 def _refuse(problems: Sequence[str], where: str) -> None:
     if problems:
-        raise RecipeError("\n".join(problems), where=where if len(problems) == 1 else f"{where}, {len(problems)} problems")
+        more = [f"… and {len(problems) - _SHOWN} more."] if len(problems) > _SHOWN else []
+        raise RecipeError("\n".join([*problems[:_SHOWN], *more]),
+                          where=where if len(problems) == 1 else f"{where}, {len(problems)} problems")
 
 
 def _text(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device need never end
+            raise RecipeError("cannot be read (it is a folder, pipe or device)", where=str(path))
+        with open(path, encoding="utf-8") as file:
+            return file.read(documents.MAX_CHARACTERS + 1)
+    except (OSError, ValueError) as error:
         raise RecipeError(f"cannot be read ({error})", where=str(path)) from error
 
 

@@ -9,7 +9,7 @@ from fusion.errors import printable
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Lay rows out in columns as wide as their widest cell; numbers to the right."""
-    cells = [[printable(str(cell)) for cell in row] for row in rows]
+    head, *cells = ([printable(str(cell)) for cell in row] for row in (head, *rows))
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     right = [all(cell[:1].isdigit() for cell in column) for column in zip(*cells, strict=True)] or [False] * len(head)
 

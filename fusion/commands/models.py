@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fusion.commands.console import models, open_models, print_json, show_progress, weighing
+from fusion.errors import printable
 from fusion.preflight import Preflight, preflight
 from fusion.progress import finish
 from fusion.recipe import Recipe
@@ -28,7 +29,7 @@ def _preflight(options: argparse.Namespace) -> None:
     if options.json:
         print_json(report.to_dict())
     else:
-        print(_preflight_text(report))
+        print(printable(_preflight_text(report)))
     report.raise_if_bad()
 
 
