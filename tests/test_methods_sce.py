@@ -35,6 +35,11 @@ def test_small_changes_are_weighed_as_large_ones_are(size):
     assert uniform == pytest.approx(np.full(4, (2 if size < 1e-3 else 2.8) * size), rel=1e-6)
 
 
+def test_mergekits_threshold_is_on_mean_squares():
+    models = np.array([[5e-4] * 100, [8e-4] * 100])  # mean squares sum to 0.89e-6, squares to 89e-6
+    assert apply("sce", np.zeros(100), models, compat="mergekit") == pytest.approx(np.full(100, 6.5e-4), rel=1e-6)
+
+
 def test_without_conflicts_it_is_varm():
     random = np.random.default_rng(0)
     pivot = random.normal(size=(5, 7)).astype(np.float32)

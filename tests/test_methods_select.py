@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fusion.methods.draws import draw, uniform
+from fusion.methods.draws import _fill, draw, uniform
 from fusion.methods.lanes import lane_product, lane_sum
 from fusion.methods.select import Selection, Top, magnitude_bits
 
@@ -84,8 +84,17 @@ def test_neighbours_are_independent(key, lag):
 def test_keys_are_independent():
     table = np.array([uniform(key, 0, 1 << 16).astype(float) for key in KEYS])
     assert np.abs(np.corrcoef(table) - np.eye(len(KEYS))).max() < 5 / 256
-    shifted = np.array([draw(key, 0, 1 << 12) for key in (5, 6, 5 + (1 << 32))])
-    assert not set(shifted[0][:100]) & set(shifted[2])  # not the same sequence a little further on
+
+
+@pytest.mark.parametrize("upper", [1, 2, 1 << 16, 0x12345678, 0x9E3779B9, 0xFFFFFFFF])
+def test_keys_that_share_a_half_are_independent(upper):
+    """With the lower half alone a key would only say where in one long sequence to start."""
+    one, other = np.empty((2, 1 << 16), np.uint32)
+    _fill(5, 0, one)
+    _fill(5 + (upper << 32), 0, other)
+    assert abs(np.corrcoef(one.astype(float), other.astype(float))[0, 1]) < 5 / 256
+    assert abs(np.corrcoef((other - one).astype(float)[1:], (other - one).astype(float)[:-1])[0, 1]) < 5 / 256
+    assert np.mean((one < 1 << 31) & (other < 1 << 31)) == pytest.approx(.25, abs=.01)
 
 
 # ── sums ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

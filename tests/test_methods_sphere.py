@@ -113,9 +113,16 @@ def test_a_target_of_zeros_has_no_direction_but_counts_in_the_length():
     assert apply("multislerp", np.zeros(2), [[0, 0], [3, 4]]) == pytest.approx([1.5, 2])
 
 
+def test_a_target_so_short_that_float32_has_no_factor_for_it_counts_as_0():
+    for method in ("karcher", "multislerp"):
+        assert apply(method, np.zeros(1), [[1e-38], [18]]) == pytest.approx([9])
+
+
 def test_a_target_opposite_the_mean_pulls_nowhere():
-    merged = apply("karcher", np.zeros(2), [[1, 0], [1, 0], [-1, 0]])
-    assert merged == pytest.approx([1, 0], abs=1e-6)
+    """Its direction across the mean would be the rounding of a cosine near −1."""
+    along = np.array([.1, .2, .3], np.float32)
+    merged = apply("karcher", np.zeros(3), [along, along, -3 * along])
+    assert merged == pytest.approx(along * 5 / 3, rel=1e-6)
 
 
 def test_tiny_vectors_turn_as_large_ones_do():

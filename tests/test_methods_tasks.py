@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fusion.methods import Arrays, apply
+from fusion.methods import BLOCK, Arrays, apply
 from fusion.methods.pipeline import DropByRank, agreeing_weights, divisor, drop, ranks
 from fusion.methods.stack import steady
 
@@ -156,6 +156,13 @@ def test_targets_drop_by_their_own_keys():
     assert np.mean(one & other) == pytest.approx(.25, abs=.02) and np.array_equal(one, kept([11, 13])[0])
     both = apply("dare_linear", nought, ones, keys=[11, 12], density=.5, rescale=False)
     assert np.array_equal(both, one.astype(int) + other)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+def test_every_block_draws_anew(method):
+    ones = np.tile(np.arange(1, 9), (BLOCK // 4, 1))
+    kept = apply(method, np.zeros(ones.shape), [ones], density=.5, rescale=False).reshape(2, BLOCK) > 0
+    assert np.mean(kept[0] & kept[1]) == pytest.approx(.25, abs=.03)
 
 
 def test_della_drops_small_changes_more_often():

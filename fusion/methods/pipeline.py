@@ -19,6 +19,7 @@ from fusion.methods.select import Cut, Selection, Top, magnitude_bits
 from fusion.methods.stack import BLOCK, Block, Stack, row_length, steady
 
 Divide = Callable[[np.ndarray], np.ndarray]
+NOTHING = 1e-30  # a share of all changes this small is none: the factor to make up for it would not fit into float32
 CANCELLED = 1e-6  # a sum of weights this small against their magnitudes is rounding
 
 
@@ -194,7 +195,7 @@ def l1_ratio(tensor: Stack, sparsify: KeepAll) -> np.ndarray:
             whole[j] += lane_sum(size)
             size *= mask
             kept[j] += lane_sum(size)
-    return np.divide(whole, kept, out=np.ones(tensor.count), where=kept > 0)
+    return np.divide(whole, kept, out=np.ones(tensor.count), where=kept > NOTHING * whole)
 
 
 def weighted_sum(deltas: np.ndarray, factors: np.ndarray) -> np.ndarray:

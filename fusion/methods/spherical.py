@@ -20,6 +20,7 @@ from fusion.methods.stack import Stack, row_length
 
 STRAIGHT = 0.9995  # |cosine| from which slerp takes the straight line
 ONE_LINE = 1 - 2.0 ** -25  # from here on float32 rounds a cosine to 1
+NOTHING = 1e-30  # a vector this short against the longest is 0: its coefficient would not fit into float32
 NOWHERE = 1e-6  # a mean of unit vectors shorter than this has no direction
 
 Space = Annotated[Literal["weights", "deltas"], About("Interpolate the weights themselves, or their changes from the pivot.")]
@@ -139,6 +140,7 @@ def frechet(grams: np.ndarray, weights: np.ndarray, max_iter: int, tol: float) -
 def unit_gram(grams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lengths [J] of the vectors, and the Gram matrix [J, J] of the unit vectors; 0 for vectors of length 0."""
     lengths = np.sqrt(np.diag(grams))
+    lengths[lengths <= NOTHING * lengths.max(initial=0)] = 0
     inverse = _over(np.ones_like(lengths), lengths)
     units = grams * inverse * inverse[:, None]
     np.fill_diagonal(units, lengths > 0)
