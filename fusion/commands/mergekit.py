@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ import numpy as np
 from fusion import documents
 from fusion.commands.console import print_json, show_progress
 from fusion.errors import OutputError, RecipeError
-from fusion.mergekit import Note, export_text, import_text, lint
+from fusion.mergekit import Note, export_text, import_text, is_mergekit, lint
 from fusion.plan import MergePlan
 from fusion.progress import finish
-from fusion.recipe import Recipe, load_stages
+from fusion.recipe import Recipe, stages_from_yaml
 from fusion.variation import measure
 
 
@@ -27,6 +28,18 @@ def add(command) -> None:
     write = command("export", _export, "Write a recipe as a mergekit file; measured weights are measured and written out.")
     write.add_argument("recipe", metavar="RECIPE.yaml")
     write.add_argument("--out", metavar="MERGEKIT.yaml", help="write it here instead of printing it; the file must not exist")
+
+
+def stages_of(path: str) -> tuple[Recipe, ...]:
+    """The stages in a file, be it a recipe or a mergekit file, whose warnings are then printed on stderr."""
+    text = _text(path)
+    if not is_mergekit(text):
+        return stages_from_yaml(text, path)
+    recipes, notes = import_text(text, where=path)
+    for note in notes:
+        if note.level == "warning":
+            print(f"warning: {path}: {note}", file=sys.stderr)
+    return recipes
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -57,12 +70,12 @@ def _line(note: Note) -> str:
 
 
 def _export(options: argparse.Namespace) -> None:
-    stages = load_stages(options.recipe)
+    stages = stages_from_yaml(_text(options.recipe), options.recipe)
     named = {stage.name for stage in stages}
     parts = []
     for stage in stages:
         standing_on = sorted(named.intersection((stage.pivot, *stage.targets)) - {""})
-        parts.append(export_text(stage) if standing_on else _measured(stage, options.json))
+        parts.append(export_text(stage) if standing_on else export(stage, options.json))
     text = "---\n".join(parts)
     if options.out:
         _write(options.out, text)
@@ -72,7 +85,7 @@ def _export(options: argparse.Namespace) -> None:
         print(f"written to {options.out}" if options.out else text, end="" if not options.out else "\n")
 
 
-def _measured(recipe: Recipe, quiet: bool) -> str:
+def export(recipe: Recipe, quiet: bool = True) -> str:
     """Export a recipe whose models are there: names from the headers, weights measured where the recipe says so."""
     plan = MergePlan.open(recipe)
     try:

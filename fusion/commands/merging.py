@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Callable
 
 from fusion.commands.console import print_json, show_progress, weighing
+from fusion.commands.mergekit import stages_of
 from fusion.errors import RecipeError, nearest
-from fusion.merge import MergeResult, merge_stages
+from fusion.merge import MergeResult
 from fusion.methods import METHODS
 from fusion.progress import Work, finish
-from fusion.recipe import Curve, Override, Recipe, load_stages
+from fusion.recipe import Curve, Override, Recipe
 
 ENGINES: dict[str, Callable[..., Work[MergeResult]]] = {"local": merge_stages}
 
@@ -18,7 +19,8 @@ ENGINES: dict[str, Callable[..., Work[MergeResult]]] = {"local": merge_stages}
 def add(command) -> None:
     """Add these commands with `command(name, run, text)`, which returns the parser."""
     run = command("merge", _merge, "Merge targets into a new folder: from a recipe file, or from PIVOT TARGET … and options.")
-    run.add_argument("models", metavar="RECIPE.yaml | PIVOT TARGET", nargs="+", help="a recipe file, or pivot and targets")
+    run.add_argument("models", metavar="RECIPE.yaml | PIVOT TARGET", nargs="+",
+                     help="a recipe, a mergekit file, or pivot and targets")
     run.add_argument("--out", metavar="DIR", required=True, help="the folder to make; it must not exist")
     run.add_argument("--method", metavar="M", help=f"{', '.join(METHODS)} (default varm)")
     weighing(run)
@@ -70,7 +72,7 @@ def _stages(options: argparse.Namespace) -> tuple[Recipe, ...]:
     if not options.models[0].endswith((".yaml", ".yml")):
         raise RecipeError("one argument that is no recipe file", where=options.models[0],
                           todo="Give RECIPE.yaml, or PIVOT and at least one TARGET.")
-    *earlier, last = load_stages(options.models[0])
+    *earlier, last = stages_of(options.models[0])
     return (*earlier, last.with_(**changes).check())
 
 

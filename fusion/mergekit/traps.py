@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from fusion.mergekit.catalogue import Form, as_kind
 from fusion.mergekit.document import Document, Note, Reference, Row, Source
@@ -177,7 +178,7 @@ def _reference(reference: Reference) -> Iterator[Note]:
     if _QUANTISED.search(reference.text):
         yield Note("warning", reference.line,
             f"{reference.text} sounds quantised: such weights cannot be merged. Take the original")
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+(\+.*)?", reference.text):
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+(\+.*)?", reference.text) and not Path(reference.path).is_dir():
         yield Note("info", reference.line, f"{reference.text}: on the Hub, without @revision it is whatever is newest that day")
 
 

@@ -3,12 +3,14 @@
     python tests/benchmarks/parity.py [--mergekit PATH/mergekit-yaml] [--only NAME]
 
 Makes a tiny Llama with four layers and three fine-tunes of it, runs every file of FILES with `mergekit-yaml`, imports the same
-file here and merges, and prints the largest difference, absolute and in float32 steps of the tensor's largest weight.
+file here and merges; exports every recipe of EXPORTS and has mergekit run it. Prints the largest difference, absolute and in
+float32 steps of the tensor's largest weight.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -20,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 
 from fusion import Recipe, finish, merge
+from fusion.commands.mergekit import export
 from fusion.errors import FusionError
 from fusion.mergekit import import_text
+from fusion.settings import Curve, Override, Slice, Table
 
 STEPS, SHARE = 64, 1e-3  # a weight may be this far off; this share may be farther, where a threshold falls between two roundings
 MODELS = ("pivot", "target-a", "target-b", "target-c")
@@ -137,26 +141,57 @@ slices:
 }
 
 
+EXPORTS = {  # recipes that are exported, run by mergekit, and compared with our own merge of them
+    "varm": {},
+    "varm-layer": {"granularity": "layer", "measure": "absolute"},
+    "varm-edited": {"exclude": ("*norm*",), "overrides": (Override("model.layers.1.*", {"target-a": 0.7}),)},
+    "linear-curve": {"method": "linear", "weights": (Curve((0.0, 1.0)), 0.5)},
+    "linear-import": {"method": "linear", "weights": (Table((("*", 0.5), ("*self_attn*", Curve((0.2, 0.9, 0.4), 0.2)))), 0.5),
+                      "options": {"normalize": False}},
+    "ties": {"method": "ties", "weights": (0.3, Curve((0.2, 0.6), 0.2)),
+             "options": {"density": (0.5, Table((("*", 0.9), ("*.mlp.*", 0.3)))), "lambda": 0.8}},
+    "slerp": {"method": "slerp", "options": {"t": Table((("*", 0.3), ("*mlp*", Curve((0.0, 1.0), 0.0))))}, "targets": 1},
+    "slerp-two": {"method": "slerp", "options": {"t": 0.25}},
+    "nuslerp": {"method": "nuslerp", "weights": (1.0, 3.0), "options": {"space": "deltas", "flatten": False}},
+    "sce": {"method": "sce", "options": {"compat": "mergekit", "select_topk": 0.4}},
+    "passthrough": {"method": "passthrough", "slices": (Slice({"target-a": (0, 3)}), Slice({"target-b": (1, 4)})),
+                    "options": {"scale": (1.0, Table((("*", 1.0), ("*.o_proj.*", 0.5))))}},
+    "slices": {"method": "linear", "slices": (Slice({"target-a": (0, 2), "target-b": (1, 3)}),
+                                              Slice({"target-a": (2, 4), "target-b": (2, 4)})),
+               "weights": (Curve((0.1, 0.9)), 0.5)},
+}
+
+
+def exported(name: str, folder: Path) -> Recipe:
+    """The recipe of EXPORTS on the made models."""
+    changes = dict(EXPORTS[name])
+    targets = MODELS[1:1 + changes.pop("targets", 2)]
+    return Recipe(str(folder / "pivot"), tuple(str(folder / target) for target in targets), **changes)
+
+
 def make_models(folder: Path) -> None:
-    """Save the pivot, three fine-tunes of it and a stranger of the same shape."""
-    import torch
-    import transformers
+    """Save the pivot, three fine-tunes of it, whose changes agree in part as fine-tunes' do, and a stranger of the same shape."""
+    from tests.conftest import save_checkpoint
 
-    from tests.conftest import tiny_tokenizer
+    layer = {"input_layernorm": (8,), "self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "self_attn.v_proj": (4, 8),
+             "self_attn.o_proj": (8, 8), "post_attention_layernorm": (8,), "mlp.gate_proj": (12, 8), "mlp.up_proj": (12, 8),
+             "mlp.down_proj": (8, 12)}
+    shapes = {"model.embed_tokens.weight": (16, 8),
+              **{f"model.layers.{n}.{name}.weight": shape for n in range(4) for name, shape in layer.items()},
+              "model.norm.weight": (8,), "lm_head.weight": (16, 8)}
+    config = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 4, "num_attention_heads": 2,
+              "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": 2}
 
-    config = transformers.LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, bos_token_id=None, eos_token_id=2, pad_token_id=0, initializer_range=0.2)
-    for number, name in enumerate((*MODELS, "stranger")):
-        torch.manual_seed(0 if name != "stranger" else 9)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        common, own = torch.Generator().manual_seed(1), torch.Generator().manual_seed(number + 2)
-        with torch.no_grad():
-            for parameter in model.parameters() if number else ():  # the targets' changes agree in part, as fine-tunes' do
-                parameter.add_(torch.randn(parameter.shape, generator=common) * 0.1)
-                parameter.add_(torch.randn(parameter.shape, generator=own) * 0.02 * number)
-        model.save_pretrained(folder / name)
-        tiny_tokenizer().save_pretrained(folder / name)
+    def draw(seed: int, size: float) -> dict[str, np.ndarray]:
+        random = np.random.default_rng(seed)
+        return {name: random.uniform(-size, size, shape).astype(np.float32) for name, shape in shapes.items()}
+
+    pivot, common = draw(0, 0.3), draw(1, 0.1)
+    save_checkpoint(folder / "pivot", pivot, config=config)
+    save_checkpoint(folder / "stranger", draw(9, 0.3), config=config)
+    for number, name in enumerate(MODELS[1:], 1):
+        own = draw(number + 1, 0.03 * number)
+        save_checkpoint(folder / name, {key: pivot[key] + common[key] + own[key] for key in shapes}, config=config)
 
 
 def resolved(text: str, folder: Path) -> str:
@@ -174,13 +209,6 @@ def run_mergekit(program: str, text: str, out: Path) -> None:
     done = subprocess.run([program, str(file), str(out), "--random-seed", "1"], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1][:300])
-
-
-def run_here(text: str, out: Path) -> Recipe:
-    """Import the file and merge."""
-    (recipe,), _ = import_text(text)
-    finish(merge(recipe, out))
-    return recipe
 
 
 def compare(ours: Path, theirs: Path) -> tuple[float, float, float, str]:
@@ -202,31 +230,51 @@ def compare(ours: Path, theirs: Path) -> tuple[float, float, float, str]:
     return worst[0], worst[1], far / count, worst[2]
 
 
+def signature(folder: Path) -> dict[str, list[float]]:
+    """Two sums over every tensor of a checkpoint, which tell any change of its numbers or their order."""
+    from tests.conftest import load_tensors
+
+    def sums(values: np.ndarray) -> list[float]:
+        return [round(float(values.sum()), 6), round(float(values @ np.cos(np.arange(values.size))), 6)]
+    return {name: sums(value.numpy().astype(np.float64).reshape(-1)) for name, value in sorted(load_tensors(folder).items())}
+
+
 def main() -> int:
     """Print the table; 1 when a file gives other weights."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--mergekit", default=shutil.which("mergekit-yaml"))
     parser.add_argument("--only", action="append")
+    parser.add_argument("--record", type=Path, help="write what mergekit gave for FILES here, as tests/golden/mergekit.json has it")
     options = parser.parse_args()
     if not options.mergekit:
         parser.error("mergekit-yaml is not installed; say where it is with --mergekit")
-    bad = 0
+    bad, golden = 0, {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_models(folder)
-        for name, text in FILES.items():
+        for name in [*FILES, *(f"export {name}" for name in EXPORTS)]:
             if options.only and name not in options.only:
                 continue
-            text = resolved(text, folder)
+            ours, theirs = folder / "ours" / name, folder / "theirs" / name
             try:
-                run_mergekit(options.mergekit, text, folder / "theirs" / name)
-                run_here(text, folder / "ours" / name)
-                difference, steps, share, where = compare(folder / "ours" / name, folder / "theirs" / name)
+                if name in FILES:
+                    text = resolved(FILES[name], folder)
+                    (recipe,), _ = import_text(text)
+                else:
+                    recipe = exported(name.removeprefix("export "), folder)
+                    text = export(recipe)
+                run_mergekit(options.mergekit, text, theirs)
+                finish(merge(recipe, ours))
+                if name in FILES:
+                    golden[name] = signature(theirs)
+                difference, steps, share, where = compare(ours, theirs)
                 bad += share > SHARE
-                print(f"{name:20} {difference:9.2e}  {steps:9.1f} steps  {share:8.1e} beyond {STEPS}  {where}", flush=True)
+                print(f"{name:22} {difference:9.2e}  {steps:9.1f} steps  {share:8.1e} beyond {STEPS}  {where}", flush=True)
             except (RuntimeError, FusionError) as error:
                 bad += 1
-                print(f"{name:20} {type(error).__name__}: {error}", flush=True)
+                print(f"{name:22} {type(error).__name__}: {error}", flush=True)
+    if options.record:
+        options.record.write_text(json.dumps(golden, indent=0) + "\n")
     return int(bad > 0)
 
 
