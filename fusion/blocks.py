@@ -16,49 +16,96 @@ import numpy as np
 from fusion import compiled
 from fusion.checkpoint import Checkpoint
 from fusion.digest import TensorDigest, read_dtype
-from fusion.dtypes import FLOATS, ITEM_BYTES
+from fusion.dtypes import FLOATS, ITEM_BYTES, stored_type
 
 BLOCK = 65_536  # numbers: one block of every model stays in the second-level cache, and sums are rounded per block
+
+
+class Row:
+    """The tensor `name` of one model as stored numbers: `dtype` and its `code`, the place in `dtypes.FLOATS`.
+
+    A tensor that is computed while it is read is float32. `digest` sees what is read.
+    """
+
+    def __init__(self, name: str, model: Checkpoint, digest: TensorDigest | None = None):
+        self.name, self.model, self.digest = name, model, digest
+        self.dtype = read_dtype(model, name)
+        self.code, self.item = FLOATS.index(self.dtype), ITEM_BYTES[self.dtype]
+        self._plain = model.plain(name)
+
+    def fill(self, start: int, stop: int, row: np.ndarray) -> None:
+        """Read the numbers start … stop into the first bytes of `row` (uint8)."""
+        part = row[:(stop - start) * self.item]
+        if self._plain:
+            self.model.raw_into(self.name, start, stop, part)
+        else:
+            self.model.read(self.name, start, stop, part.view(np.float32))
+        if self.digest is not None:
+            self.digest.update(start * self.item, part)
 
 
 class Blocks:
     """Iterating gives (first element, count) and fills `rows` [models, bytes] uint8 with the stored numbers of that block.
 
-    `codes` [models]: the place in `dtypes.FLOATS` of each row's dtype; a tensor that is computed while it is read is float32.
-    `digests`, one per model or none, see every byte. Use it in one thread; the same `rows` are filled again and again.
+    `codes` [models] are the rows' dtypes. `digests`: one or None for each model. For one thread; `rows` are filled again.
     """
 
-    def __init__(self, name: str, models: Sequence[Checkpoint], digests: Sequence[TensorDigest] = ()):
-        self.name, self.models, self.digests = name, models, digests
+    def __init__(self, name: str, models: Sequence[Checkpoint], digests: Sequence[TensorDigest | None] = ()):
+        self.name, self.models = name, models
+        self.sources = [Row(name, *pair) for pair in zip(models, digests or [None] * len(models), strict=True)]
         self.numel = models[0].info[name].numel
-        self.dtypes = [read_dtype(model, name) for model in models]
-        self.codes = np.array([FLOATS.index(dtype) for dtype in self.dtypes], np.int64)
-        self._plain = [model.plain(name) for model in models]
+        self.codes = np.array([source.code for source in self.sources], np.int64)
         size = min(BLOCK, max(self.numel, 1))
-        self.rows = np.empty((len(models), size * max(ITEM_BYTES[dtype] for dtype in self.dtypes)), np.uint8)
+        self.rows = np.empty((len(models), size * max(source.item for source in self.sources)), np.uint8)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.numel, BLOCK):
             stop = min(start + BLOCK, self.numel)
-            for m in range(len(self.models)):
-                self._fill(m, start, stop)
+            for source, row in zip(self.sources, self.rows, strict=True):
+                source.fill(start, stop, row)
             yield start, stop - start
 
-    def numbers(self, n: int, out: np.ndarray | None = None) -> np.ndarray:
+    def numbers(self, n: int) -> np.ndarray:
         """The block as float32, [models, n]."""
-        out = np.empty((len(self.rows), n), np.float32) if out is None else out
+        out = np.empty((len(self.rows), n), np.float32)
         for row, code, values in zip(self.rows, self.codes, out, strict=True):
             compiled.loops().decode(row, code, n, values)
         return out
 
-    def _fill(self, m: int, start: int, stop: int) -> None:
-        model, row = self.models[m], self.rows[m]
-        if self._plain[m]:
-            data = model.raw_into(self.name, start, stop, row)
-        else:
-            data = model.read(self.name, start, stop, row[:4 * (stop - start)].view(np.float32)).view(np.uint8)
-        if self.digests:
-            self.digests[m].update(start * ITEM_BYTES[self.dtypes[m]], data)
+    def all_finite(self, m: int, n: int) -> bool:
+        """Whether the block of model number `m` holds neither NaN nor Inf."""
+        return compiled.loops().all_finite(self.rows[m], self.codes[m], n)
+
+
+class Stored:
+    """Rounds float32 numbers to the dtype `code` in memory that is used again; `finite` says whether the last ones were."""
+
+    def __init__(self, code: str, size: int):
+        self.code, self.finite = code, True
+        self._item, self._type, self._index = ITEM_BYTES[code], stored_type(code), FLOATS.index(code)
+        self._out = np.empty(size * self._item, np.uint8)
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """The stored numbers of `values` [n] float32."""
+        out = self._room(len(values))
+        self.finite = compiled.loops().encode(np.ascontiguousarray(values), self._index, out)
+        return out.view(self._type)
+
+    def weigh(self, blocks: Blocks, n: int, weights: np.ndarray) -> np.ndarray:
+        """Σⱼ wⱼ·modelⱼ of the `n` numbers in `blocks`, as `methods.weighted` gives it, never as float32 in memory.
+
+        What is not finite in a model that has any weight makes the result not finite; others are looked at here.
+        """
+        out = self._room(n)
+        self.finite = compiled.loops().weigh(blocks.rows, blocks.codes, n, weights, self._index, out)
+        for m in np.flatnonzero(weights == 0):
+            self.finite = blocks.all_finite(m, n) and self.finite
+        return out.view(self._type)
+
+    def _room(self, n: int) -> np.ndarray:
+        if len(self._out) < n * self._item:
+            self._out = np.empty(n * self._item, np.uint8)
+        return self._out[:n * self._item]
 
 
 def new_digests(name: str, models: Sequence[Checkpoint]) -> list[TensorDigest]:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
-from fusion import dtypes
+from fusion import compiled
+from fusion.blocks import Row
 from fusion.checkpoint import Checkpoint
 from fusion.digest import TensorDigest, read_dtype
 from fusion.errors import Stopped
 from fusion.methods.stack import BLOCK, Block
-from fusion.slices import Restacked
+from fusion.slices import origin_of
 from fusion.variation import nonfinite
 
 
@@ -31,11 +33,18 @@ class InputDigests:
 
     def begin(self, model: Checkpoint, name: str) -> tuple[str, str, TensorDigest] | None:
         """The digest to begin for a tensor of a model of the merge; None when the bytes are not those of a source's tensor."""
-        model, name = model.owned[name] if isinstance(model, Restacked) else (model, name)
+        model, name = origin_of(model, name)
         label = self._labels.get(id(model))
         if label is None:
             return None
         return label, name, TensorDigest(read_dtype(model, name), model.info[name].shape)
+
+    @contextmanager
+    def tapping(self, models: Sequence[Checkpoint], name: str) -> Iterator[list[TensorDigest | None]]:
+        """The digests that must see every byte of this tensor of `models`; taken in unless something goes wrong meanwhile."""
+        begun = [self.begin(model, name) for model in models]
+        yield [entry and entry[2] for entry in begun]
+        self.end(begun)
 
     def end(self, begun: Sequence[tuple[str, str, TensorDigest] | None]) -> None:
         """Take in the digests of tensors that were read whole."""
@@ -62,40 +71,24 @@ class CheckpointStack:
         numel = math.prod(self.shape)
         size = min(max(multiple, BLOCK // multiple * multiple), max(numel, 1))
         base = np.empty(size if self._reads_pivot else 0, np.float32)
-        models, check = np.empty((self.count, size), np.float32), self._unchecked
-        digests, self._digests = self._digests, None
+        models = np.empty((self.count, size), np.float32)
         read = self._models[not self._reads_pivot:]
-        taps = [digests.begin(model, self._name) if digests else None for model in read]
-        for start in range(0, numel, size):
-            if self._stop.is_set():
-                raise Stopped("stopped")
-            n = min(size, numel - start)
-            outs = [*([base[:n]] if self._reads_pivot else []), *models[:, :n]]
-            for model, tap, out in zip(read, taps, outs, strict=True):
-                _read(model, self._name, start, out, tap[2] if tap else None)
-            if check and not all(map(_finite, outs)):
-                raise nonfinite(self._name, read)
-            yield Block(start, base[:n], models[:, :n])
+        digests, self._digests = self._digests, None
+        with digests.tapping(read, self._name) if digests else nullcontext([None] * len(read)) as taps:
+            rows = [Row(self._name, *pair) for pair in zip(read, taps, strict=True)]
+            stored = np.empty(size * max(row.item for row in rows), np.uint8)
+            for start in range(0, numel, size):
+                if self._stop.is_set():
+                    raise Stopped("stopped")
+                n = min(size, numel - start)
+                for row, out in zip(rows, [*([base] if self._reads_pivot else []), *models], strict=True):
+                    self._read(row, start, stored, out[:n])
+                yield Block(start, base[:n], models[:, :n])
         self._unchecked = False
-        if digests:
-            digests.end(taps)
 
-
-def _read(model: Checkpoint, name: str, start: int, out: np.ndarray, digest: TensorDigest | None) -> None:
-    """Read into `out` [n] float32 from element `start` on; `digest` takes in the stored bytes, or else the numbers."""
-    stop = start + len(out)
-    if not model.plain(name):
-        model.read(name, start, stop, out)
-        if digest is not None:
-            digest.update(4 * start, out)
-        return
-    code, raw = model.info[name].dtype, model.raw(name, start, stop)
-    if digest is not None:
-        digest.update(dtypes.ITEM_BYTES[code] * start, raw)
-    dtypes.decode(raw, code, out)
-
-
-def _finite(values: np.ndarray) -> bool:
-    """Whether all are finite; their sum says so in one fast pass, unless it overflows."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
+    def _read(self, row: Row, start: int, stored: np.ndarray, out: np.ndarray) -> None:
+        loops, n = compiled.loops(), len(out)
+        row.fill(start, start + n, stored)
+        if self._unchecked and not loops.all_finite(stored, row.code, n):
+            raise nonfinite(self._name, self._models[not self._reads_pivot:])
+        loops.decode(stored, row.code, n, out)

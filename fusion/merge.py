@@ -11,8 +11,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import secrets
-import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -89,7 +87,7 @@ def merge(recipe: Recipe, out: str | os.PathLike, *, variation: Variation | None
     """Run a recipe into the new folder `out`; yields Progress, returns the MergeResult.
 
     `variation` skips measuring when it is already known for these very checkpoints. `resume` goes on after the last finished
-    shard of a merge that was killed. `places` and `stages` are for `merge_stages`: where earlier results lie, and their
+    shard of a merge that was killed. `places` and `stages` are for `stages.merge_stages`: where earlier results lie, and their
     recipes. Every FusionError leaves no folder behind, and so does closing the generator.
     """
     plan = MergePlan.open(recipe, out, places)
@@ -107,25 +105,6 @@ def merge(recipe: Recipe, out: str | os.PathLike, *, variation: Variation | None
                            (plan.sources["pivot"].parameters, sum(shapes)), computed.finite)
     finally:
         plan.close()
-
-
-def merge_stages(recipes: Sequence[Recipe], out: str | os.PathLike, *, max_shard_bytes: int = MAX_SHARD_BYTES,
-                 resume: bool = False) -> Work[MergeResult]:
-    """Run the stages of a recipe file one after the other; the last one's result is `out`.
-
-    The others' results lie in hidden folders beside `out` meanwhile and are removed whatever happens.
-    """
-    *earlier, last = recipes
-    out, places, done = Path(out).absolute(), {}, []
-    scratch = out.parent / f".{out.name}.stages-{secrets.token_hex(4)}"
-    try:
-        for recipe in earlier:
-            result = yield from merge(recipe, scratch / recipe.name, max_shard_bytes=max_shard_bytes, places=places)
-            places[recipe.name] = result.folder
-            done.append(result.recipe)
-        return (yield from merge(last, out, max_shard_bytes=max_shard_bytes, resume=resume, places=places, stages=done))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def compute(plan: MergePlan, sink: Sink, variation: Variation | None = None) -> Work[Computed]:
@@ -163,10 +142,11 @@ def merge_tensor(plan: MergePlan, name: str, sink: Sink, stop: threading.Event, 
         t = plan.number[name]
         ratio = plan.no_ratio() if ratios is None else ratios[t]
         if plan.measured and ratios is None:
-            sums = sum_tensor(name, plan.pivot, plan.targets, stop, plan.per_element, plan.recipe.allow_nonfinite)
+            with digests.tapping(plan.models, name) as taps:
+                sums = sum_tensor(name, plan.pivot, plan.targets, stop, plan.per_element, plan.recipe.allow_nonfinite, taps)
             notes["sums"], ratio = _plain(sums), _ratio(plan, t, sums)
         finite = True
-        for start, stored in plan.blocks(t, ratio, stop, digests):
+        for start, stored in plan.blocks(t, ratio, stop, None if "sums" in notes else digests):
             finite = finite and not (plan.recipe.allow_nonfinite and dtypes.overflowed(stored, code))
             output.update(start * dtypes.ITEM_BYTES[code], stored)
             sink.write(name, start, stored)

@@ -10,6 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from fusion import dtypes
+from fusion.blocks import BLOCK, Blocks, Stored
 from fusion.checkpoint import Checkpoint
 from fusion.checkpoint_stack import CheckpointStack, InputDigests
-from fusion.errors import MismatchError, RecipeError
+from fusion.errors import MismatchError, RecipeError, Stopped
 from fusion.methods import METHODS, Method, elementwise
+from fusion.methods.average import shares as normalised
 from fusion.preflight import Finding, Preflight, mergeable_names, preflight
 from fusion.recipe import Recipe
 from fusion.slices import PIVOT, restack
@@ -230,24 +233,52 @@ class MergePlan:
                digests: InputDigests | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Merge tensor number `t` whose measured ratios are `ratio` [J]; yields (first element, stored numbers).
 
-        float32 arithmetic, one cast. `digests` takes in what is read. CheckpointError when a number read or made is NaN or
-        Inf and that is not allowed.
+        float32 arithmetic, one cast; the numbers are overwritten by the next block. `digests` takes in what is read.
+        CheckpointError when a number read or made is NaN or Inf and that is not allowed.
         """
         name = self.weights.names[t]
-        code, at = self.code(name), 0
-        merged = self._merged(t, ratio, self._stack(t, stop, digests))
-        while True:
-            with np.errstate(over="ignore", invalid="ignore"):  # the stack and the line below find what is not finite
-                block = next(merged, None)
-                if block is None:
-                    break
-                stored = dtypes.encode(block, code)
-            if not self.recipe.allow_nonfinite and dtypes.overflowed(stored, code):
+        numel, at = self.pivot.info[name].numel, 0
+        out = Stored(self.code(name), min(BLOCK, numel))
+        shares = self._shares(t, ratio)
+        merged = (self._encoded(out, self._merged(t, ratio, self._stack(t, stop, digests))) if shares is None
+                  else self._averaged(out, t, shares, digests))
+        for stored in merged:
+            if stop.is_set():
+                raise Stopped("stopped")
+            if not self.recipe.allow_nonfinite and not out.finite:
                 raise nonfinite(name, [self.models[i] for i in self.readers(t)])
             yield at, stored
             at += len(stored)
-        if at != self.pivot.info[name].numel:
-            raise RuntimeError(f"{self.recipe.method} gave {at} of {self.pivot.info[name].numel} numbers of {name}")
+        if at != numel:
+            raise RuntimeError(f"{self.recipe.method} gave {at} of {numel} numbers of {name}")
+
+    def _encoded(self, out: Stored, merged: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        while True:
+            with np.errstate(over="ignore", invalid="ignore"):  # the stack and `out` find what is not finite
+                block = next(merged, None)
+                if block is None:
+                    return
+                stored = out.encode(block)
+            yield stored
+
+    def _averaged(self, out: Stored, t: int, shares: np.ndarray, digests: InputDigests | None) -> Iterator[np.ndarray]:
+        """The same as the method's own blocks, from stored bytes to stored bytes at once; `shares` [targets that take part]."""
+        name, models = self.weights.names[t], [self.models[i] for i in self.readers(t)]
+        if self.measured and digests is None:  # all was read and looked at when it was measured
+            models = [model for model, share in zip(models, shares, strict=True) if share]
+            shares = shares[shares != 0]
+        with digests.tapping(models, name) if digests else nullcontext(()) as taps:
+            blocks = Blocks(name, models, taps)
+            for _, n in blocks:
+                yield out.weigh(blocks, n, shares)
+
+    def _shares(self, t: int, ratio: np.ndarray) -> np.ndarray | None:
+        """The weights of the targets that take part where the tensor is their plain average, else None."""
+        if self.kept(t) or self._weighs_elements(t) or self.recipe.method not in ("varm", "linear"):
+            return None
+        if not self.arguments(t).get("normalize", True):
+            return None
+        return normalised(self.row(t, ratio)[self.parts[t]])
 
     def _merged(self, t: int, ratio: np.ndarray, stack: CheckpointStack) -> Iterator[np.ndarray]:
         """The float32 blocks of tensor `t`, in order."""

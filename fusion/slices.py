@@ -43,10 +43,20 @@ class Restacked(View):
         owner, own = self.owned[name]
         return owner.raw(own, start, stop)
 
+    def raw_into(self, name: str, start: int, stop: int, out: np.ndarray) -> np.ndarray:
+        """See Checkpoint."""
+        owner, own = self.owned[name]
+        return owner.raw_into(own, start, stop, out)
+
     def plain(self, name: str) -> bool:
         """See Checkpoint."""
         owner, own = self.owned[name]
         return owner.plain(own)
+
+
+def origin_of(model: Checkpoint, name: str) -> tuple[Checkpoint, str]:
+    """Whose tensor `model` shows under this name, and what it is called there."""
+    return model.owned[name] if isinstance(model, Restacked) else (model, name)
 
 
 @dataclass(frozen=True)

@@ -208,10 +208,10 @@ def _shares(size: np.ndarray) -> np.ndarray:
 
 
 def sum_tensor(name: str, pivot: Checkpoint, targets: Sequence[Checkpoint], stop: threading.Event, elements: bool = False,
-               allow_nonfinite: bool = False, digests: Sequence[TensorDigest] = ()) -> TensorSums:
+               allow_nonfinite: bool = False, digests: Sequence[TensorDigest | None] = ()) -> TensorSums:
     """Sum the variation of one tensor in blocks; Stopped when `stop` is set, CheckpointError for NaN or Inf.
 
-    `digests`, one per model, the pivot's first, see what is read.
+    `digests`, one or None for each model, the pivot's first, see what is read.
     """
     blocks = Blocks(name, (pivot, *targets), digests)
     sums, part = TensorSums.zero(len(targets)), np.empty((len(targets) + 1, 3))
