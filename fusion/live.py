@@ -19,6 +19,7 @@ from fusion import compiled, dtypes
 from fusion.plan import MergePlan
 from fusion.progress import Meter, Work
 from fusion.recipe import Recipe
+from fusion.slices import origin_of
 from fusion.variation import Variation, measure
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ class LiveMerge:
 def _signature(plan: MergePlan, name: str, ratios: np.ndarray, models: str) -> bytes:
     """All that the numbers of a tensor depend on."""
     recipe, t = plan.recipe, plan.number.get(name)
-    said = [models, recipe.slices, recipe.vocabulary, plan.code(name), recipe.allow_nonfinite]
+    origin = [(owner.name, own) for owner, own in (origin_of(model, name) for model in plan.models)]
+    said = [models, origin, recipe.vocabulary, plan.code(name), recipe.allow_nonfinite]
     if t is not None and not plan.kept(t):
         said += [recipe.method, plan.parts[t].tolist(), plan.weighing(t, ratios[t])]
         said += [value.tolist() if isinstance(value, np.ndarray) else value for _, value in sorted(plan.arguments(t).items())]

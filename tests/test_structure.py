@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (  # from the roof down: a module imports lower rows, and in its own row only what stands left of it
     ("__main__",),
     ("commands",),
-    ("chat", "merge", "live", "verify", "cluster", "review", "compare", "train", "pairwise", "arena", "evaluate", "demo"),
+    ("chat", "merge", "stages", "live", "verify", "cluster", "review", "compare", "train", "pairwise", "arena", "evaluate", "demo"),
     ("settings", "recipe_yaml", "recipe_rules", "recipe", "mergekit", "weights", "slices", "checkpoint_stack", "plan", "card",
      "distill"),
     ("preflight", "variation", "inspection", "writer"),

@@ -12,6 +12,7 @@ from fusion.merge import MergeResult
 from fusion.methods import METHODS
 from fusion.progress import Work, finish
 from fusion.recipe import Curve, Override, Recipe
+from fusion.stages import merge_stages
 
 ENGINES: dict[str, Callable[..., Work[MergeResult]]] = {"local": merge_stages}
 
