@@ -19,14 +19,14 @@ import numpy as np
 from fusion import dtypes
 from fusion.checkpoint import Checkpoint
 from fusion.inspection.deltas import DeltaSums
-from fusion.inspection.report import QUANTITIES, Inspection, Quantity
+from fusion.inspection.report import QUANTITIES, Inspection, Quantity, check_granularity
 from fusion.inspection.sampling import Preview, exact, preview, refine
 from fusion.inspection.spectrum import largest_singular_values
 from fusion.inspection.streaming import fold
 from fusion.preflight import mergeable_names, preflight
 from fusion.progress import Work
 
-__all__ = ["QUANTITIES", "Inspection", "Preview", "Quantity", "exact", "inspect", "preview", "refine"]
+__all__ = ["QUANTITIES", "Inspection", "Preview", "Quantity", "check_granularity", "exact", "inspect", "preview", "refine"]
 
 
 def inspect(pivot: Checkpoint, targets: Sequence[Checkpoint], *, dtype: str | None = None, spectral: bool = True,

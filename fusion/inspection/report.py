@@ -75,9 +75,7 @@ class Inspection:
 
     def units(self, granularity: str = "matrix") -> list[str]:
         """Name the unit of every tensor at this granularity, [T]."""
-        if granularity not in GRANULARITIES[:-1]:
-            raise RecipeError(f"unknown granularity {granularity!r}", where="granularity",
-                              todo=nearest(str(granularity), GRANULARITIES[:-1]))
+        check_granularity(granularity)
         return [place(name).unit(granularity, name) for name in self.names]
 
     def values(self, quantity: str, granularity: str = "matrix") -> np.ndarray:
@@ -193,6 +191,13 @@ class Pool:
         total = np.zeros((self.count, *values.shape[1:]))
         np.add.at(total, self.index, values)
         return total[self.index]
+
+
+def check_granularity(granularity: str) -> None:
+    """RecipeError with the nearest right name unless an inspection has this granularity."""
+    if granularity not in GRANULARITIES[:-1]:
+        raise RecipeError(f"unknown granularity {granularity!r}", where="granularity",
+                          todo=nearest(str(granularity), GRANULARITIES[:-1]))
 
 
 def share(part: np.ndarray, whole: np.ndarray, nothing: float = 0.0) -> np.ndarray:
