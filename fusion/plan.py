@@ -28,7 +28,9 @@ from fusion.preflight import Finding, Preflight, mergeable_names, preflight
 from fusion.recipe import Recipe
 from fusion.slices import PIVOT, restack
 from fusion.sources import open_checkpoint
+from fusion.tokens import FILES
 from fusion.variation import Variation, nonfinite
+from fusion.vocabulary import unify
 from fusion.weights import OptionPlan, WeightPlan, measured_weights
 
 _DONOR_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -41,8 +43,8 @@ class MergePlan:
     """A checked recipe with its checkpoints open; nothing was read but headers.
 
     `sources` are the checkpoints as they are ("pivot" and the targets' names), `pivot` and `targets` the same with the tensor
-    names, layers and vocabulary of the result. `parts` [T, J] says which targets take part in a tensor; `files` replace the
-    donor's files of the same name.
+    names, layers and vocabulary of the result. `parts` [T, J] says which targets take part in a tensor; `files` are the
+    tokenizer of the result when it is no model's own.
     """
 
     recipe: Recipe
@@ -53,14 +55,15 @@ class MergePlan:
     options: OptionPlan
     parts: np.ndarray
     report: Preflight
-    files: Mapping[str, bytes | str] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, recipe: Recipe, out: str | os.PathLike | None = None, places: Mapping[str, Path] | None = None) -> MergePlan:
+    def open(cls, recipe: Recipe, out: str | os.PathLike | None = None, places: Mapping[str, Path] | None = None, *,
+             in_memory: bool = True) -> MergePlan:
         """Open the checkpoints of a recipe and run the preflight; FusionError for the first thing in the way.
 
-        `out` None means that the result stays in memory. `places` says where models lie that the recipe calls by a name:
-        the results of earlier stages.
+        `out` None means that the result stays in memory, or is not kept at all if not `in_memory`. `places` says where models
+        lie that the recipe calls by a name: the results of earlier stages.
         """
         recipe.check()
         method = METHODS[recipe.method]
@@ -68,10 +71,8 @@ class MergePlan:
         opened = [open_checkpoint(ref, name) for ref, name in zip(refs, (recipe.pivot_name, *recipe.names), strict=True)]
         sources = dict(zip((PIVOT, *recipe.names), opened, strict=True))
         pivot, *targets = opened
-        files: Mapping[str, bytes | str] = {}
+        files: Mapping[str, bytes] = {}
         if recipe.vocabulary:
-            from fusion.vocabulary import unify  # reads tokenizers, which only few merges need
-
             pivot, targets, files = unify(pivot, targets, recipe.vocabulary)
         named, findings = None, ()
         if recipe.slices:
@@ -79,7 +80,8 @@ class MergePlan:
                               recipe.measured or method.reads_pivot(recipe.options, len(targets)))
             pivot, *targets = stacked.models.values()
             named, findings = stacked.parts, tuple(Finding("warning", "", "config", text) for text in stacked.warnings)
-        report = preflight(pivot, targets, out=out, dtype=recipe.dtype or None, method=recipe.method, in_memory=out is None)
+        report = preflight(pivot, targets, out=out, dtype=recipe.dtype or None, method=recipe.method,
+                           in_memory=in_memory and out is None)
         report = replace(report, findings=report.findings + findings).raise_if_bad()
         names = mergeable_names(pivot)
         parts = np.ones((len(names), len(targets)), bool)
@@ -159,11 +161,10 @@ class MergePlan:
     def small_files(self) -> Iterator[tuple[str, bytes]]:
         """The files that make a model of the weights: config, tokenizer, chat template, generation config."""
         yield "config.json", json.dumps(self.config, indent=2).encode() + b"\n"
+        yield from self.files.items()
         for name in _DONOR_FILES:
-            own, file = self.files.get(name), self.donor.file(name)
-            if own is not None:
-                yield name, own.encode() if isinstance(own, str) else own
-            elif file.is_file():
+            file = self.donor.file(name)
+            if file.is_file() and not (self.files and name in FILES):  # a donor's tokens are not those of the result
                 yield name, file.read_bytes()
 
     def code(self, name: str) -> str:

@@ -174,19 +174,18 @@ def available_memory_bytes() -> int | None:
 def _count(pivot: Checkpoint, targets: Sequence[Checkpoint], measured: bool):
     if not targets:
         yield Finding("bad", "", "targets", "There is no target to merge. Give at least one.", kind=RecipeError)
-    seen = {pivot.folder.resolve(): pivot.name}
+    seen = {pivot.origin: pivot.name}
     names = {pivot.name}
     for target in targets:
-        folder = target.folder.resolve()
-        if folder == pivot.folder.resolve() and not measured:
+        if target.origin == pivot.origin and not measured:
             yield Finding("warning", target.name, "duplicate", "The pivot is also a target: it counts as one of the models.")
-        elif folder in seen:
-            text = f"The same folder is given twice ({seen[folder]} and {target.name}). Leave one out."
+        elif target.origin in seen:
+            text = f"The same folder is given twice ({seen[target.origin]} and {target.name}). Leave one out."
             yield Finding("bad", target.name, "duplicate", text, kind=RecipeError)
         elif target.name in names:
             text = f"Two models are called {target.name}. Give one of them another name."
             yield Finding("bad", target.name, "duplicate", text, kind=RecipeError)
-        seen[folder] = target.name
+        seen[target.origin] = target.name
         names.add(target.name)
 
 

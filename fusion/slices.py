@@ -17,6 +17,7 @@ from fusion.checkpoint import Checkpoint
 from fusion.errors import RecipeError
 from fusion.settings import Slice, depth
 from fusion.view import View
+from fusion.vocabulary import Remapped
 
 PIVOT = "pivot"
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -55,8 +56,10 @@ class Restacked(View):
 
 
 def origin_of(model: Checkpoint, name: str) -> tuple[Checkpoint, str]:
-    """Whose tensor `model` shows under this name, and what it is called there."""
-    return model.owned[name] if isinstance(model, Restacked) else (model, name)
+    """The checkpoint whose tensor `model` shows under this name, unchanged, and what it is called there."""
+    if isinstance(model, Restacked):
+        return origin_of(*model.owned[name])
+    return (model.model, name) if isinstance(model, Remapped) and name not in model.tables else (model, name)
 
 
 @dataclass(frozen=True)
