@@ -79,8 +79,9 @@ class Adapted(View):
     not belong to this base.
     """
 
-    def __init__(self, base: Checkpoint, folder: Path, name: str | None = None):
+    def __init__(self, base: Checkpoint, folder: Path, name: str | None = None, revision: str = ""):
         super().__init__(base)
+        self.revision = "+".join(filter(None, (base.revision, revision)))
         self.adapter = folder
         self.settings = _settings(folder)
         self.name = name or f"{base.name}+{folder.resolve().name}"

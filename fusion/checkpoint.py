@@ -30,18 +30,20 @@ class Checkpoint(Mapping[str, np.ndarray]):
     """A folder with config, tokenizer and safetensors weights; `checkpoint[name]` is the tensor in float32.
 
     `name` is what people see (default: the folder's name), `weights` the folder of the safetensors where that is another
-    one, `revision` the commit that was downloaded. CheckpointError when the folder cannot be a checkpoint: no config, no
-    safetensors, a missing or broken shard, quantised weights.
+    one, `revision` the commit that was downloaded, `stored` the header entries where they are known already.
+    CheckpointError when the folder cannot be a checkpoint: no config, no safetensors, a missing or broken shard, quantised
+    weights.
     """
 
-    def __init__(self, folder: str | os.PathLike, name: str | None = None, *, weights: Path | None = None, revision: str = ""):
+    def __init__(self, folder: str | os.PathLike, name: str | None = None, *, weights: Path | None = None, revision: str = "",
+                 stored: Mapping[str, TensorInfo] | None = None):
         self.folder = Path(folder)
         if not os.path.isdir(self.folder):
             raise CheckpointError("there is no such folder", where=str(folder), todo="Give the folder that holds config.json.")
         self.name = name or self.folder.resolve().name
         self.revision = revision
         config = self._config()
-        self._stored = list_tensors(weights or self.folder)
+        self._stored = list_tensors(weights or self.folder) if stored is None else stored
         self.info, self._fp8 = dequantised(self._stored, config, str(self.folder))
         self.config = plain_config(config) if self._fp8 else config
         self._refuse_whole_numbers()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +37,21 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def list_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Name → header entry of every tensor stored in a folder; CheckpointError when shards are missing, broken or doubtful."""
+def list_tensors(folder: Path, read: Callable[[Path], list[TensorInfo]] = read_header,
+                 names: Collection[str] | None = None) -> dict[str, TensorInfo]:
+    """Name → header entry of every tensor stored in a folder; CheckpointError when shards are missing, broken or doubtful.
+
+    `read` reads the header of one file; `names` are the files there are (default: those in the folder).
+    """
     promised = read_index(folder / INDEX)
-    files = sorted(set(promised.values())) if promised else _single_file(folder)
+    names = {path.name for path in folder.iterdir()} if names is None else names
+    files = sorted(set(promised.values())) if promised else _single_file(folder, names)
     info: dict[str, TensorInfo] = {}
     for file in files:
-        if not os.path.isfile(folder / file):
+        if file not in names:
             raise CheckpointError(f"the index names {file}, which is missing", where=str(folder),
                                   todo="Download the missing shard.")
-        for tensor in read_header(folder / file):
+        for tensor in read(folder / file):
             if tensor.name in info:
                 raise CheckpointError(f"{tensor.name} is stored in two shards", where=str(folder))
             info[tensor.name] = tensor
@@ -78,8 +84,8 @@ def file_names(folder: Path, *ends: str) -> list[str]:
         raise CheckpointError(f"cannot be read ({error.strerror})", where=str(folder)) from error
 
 
-def _single_file(folder: Path) -> list[str]:
-    found = file_names(folder, ".safetensors")
+def _single_file(folder: Path, names: Collection[str]) -> list[str]:
+    found = sorted(name for name in names if name.endswith(".safetensors"))
     if "model.safetensors" in found:
         return ["model.safetensors"]
     if len(found) == 1 and not found[0].startswith("adapter"):
@@ -87,7 +93,7 @@ def _single_file(folder: Path) -> list[str]:
     if found:
         raise CheckpointError(f"{len(found)} safetensors files without {INDEX}", where=str(folder),
                               todo="Add the index that belongs to the shards.")
-    pickles = file_names(folder, *PICKLES)
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles:
         raise CheckpointError(f"only pickle weights ({pickles[0]}), which can run code when loaded", where=str(folder),
                               todo="Open it by its path with `open_checkpoint`, which converts pickles safely.")

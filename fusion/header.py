@@ -50,11 +50,14 @@ def read_header(path: Path) -> list[TensorInfo]:
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error.strerror})", where=str(path)) from error
-    entries = _parse(text, path)
-    entries.pop("__metadata__", None)
-    tensors = [_tensor(name, entry, path, 8 + length) for name, entry in entries.items()]
+    return check_entries(_parse(text, path), path, 8 + length, size)
+
+
+def check_entries(entries: dict, path: Path, data_start: int, size: int) -> list[TensorInfo]:
+    """The tensors of a parsed header in file order; CheckpointError unless they fill the file from `data_start` to `size`."""
+    tensors = [_tensor(name, entry, path, data_start) for name, entry in entries.items() if name != "__metadata__"]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
-    _check_layout(tensors, path, 8 + length, size)
+    _check_layout(tensors, path, data_start, size)
     return tensors
 
 

@@ -1,7 +1,8 @@
 """What a person writes to name a model becomes a checkpoint here, and nowhere else.
 
     open_checkpoint("assets/demo/pivot")           # a folder, safetensors or pickles
-    open_checkpoint("assets/demo/pivot+my-lora")   # with an adapter in it
+    open_checkpoint("org/name@v2")                 # from the Hub, at a branch, tag or commit
+    open_checkpoint("assets/demo/pivot+my-lora")   # with an adapter in it, a folder or from the Hub too
 
 A folder that exists wins over every other reading, also one with a plus in its name.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fusion import hub
 from fusion.adapters import Adapted, is_adapter, wanted_base
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError
@@ -18,19 +20,45 @@ from fusion.pickles import converted, pickled_files
 
 
 def open_checkpoint(ref: str | os.PathLike, name: str | None = None) -> Checkpoint:
-    """Open the checkpoint that `ref` names; `name` is what people see.
+    """Open the checkpoint that `ref` names, downloading what is missing; `name` is what people see.
 
     CheckpointError when it cannot be one, MismatchError when an adapter does not fit its base.
     """
-    text = os.fspath(ref)
+    return _open(os.fspath(ref), name, weights=True)
+
+
+def peek(ref: str | os.PathLike, name: str | None = None) -> Checkpoint:
+    """As `open_checkpoint`, but of a model on the Hub only headers and small files are fetched: enough for a preflight."""
+    return _open(os.fspath(ref), name, weights=False)
+
+
+def _open(text: str, name: str | None, weights: bool) -> Checkpoint:
     parts = _split(text)
-    if parts is None:
+    if parts is not None:
+        base = _open(parts[0], None, weights)
+        folder, label, revision = _adapter(parts[1])
+        return Adapted(base, folder, name or f"{base.name}+{label}", revision)
+    found = None if os.path.isdir(text) else hub.parse(text)
+    if found is None:
         return _open_folder(Path(text), name)
-    return Adapted(open_checkpoint(parts[0]), Path(parts[1]), name)
+    if not weights:
+        return hub.Remote(*found, name)
+    folder, revision = hub.download(*found)
+    return _open_folder(folder, name or found[0].split("/")[1], revision)
+
+
+def _adapter(text: str) -> tuple[Path, str, str]:
+    """Folder, name and commit of an adapter."""
+    found = None if os.path.isdir(text) else hub.parse(text)
+    if found is None:
+        return Path(text), Path(text).resolve().name, ""
+    folder, commit = hub.download(*found)
+    return folder, found[0].split("/")[1], commit
 
 
 def _split(text: str) -> tuple[str, str] | None:
-    """Base and adapter of "base+adapter", parted at the last plus that has an adapter behind it; None without one."""
+    """Base and adapter of "base+adapter", parted at the last plus that has a folder behind it, else at the last that has a
+    model's name behind it; None without one."""
     if os.path.isdir(text):
         return None
     places = [i for i, letter in enumerate(text) if letter == "+" and 0 < i < len(text) - 1]
