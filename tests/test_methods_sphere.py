@@ -65,6 +65,15 @@ def test_nuslerp_of_single_vectors():
     assert moved == pytest.approx(rows + 7, rel=1e-6)
 
 
+def test_vectors_that_reach_over_several_blocks():
+    models = np.random.default_rng(0).normal(size=(2, 90_000, 2))
+    columns = apply("nuslerp", np.zeros((90_000, 2)), models, flatten=False, row_wise=True)
+    one_by_one = [apply("nuslerp", np.zeros(90_000), models[:, :, column]) for column in (0, 1)]
+    assert columns == pytest.approx(np.array(one_by_one).T, rel=1e-5, abs=1e-6)
+    rows = apply("nuslerp", np.zeros((2, 90_000)), models.transpose(0, 2, 1), flatten=False)
+    assert rows == pytest.approx(columns.T, rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("last", [-4, -4.0001, -4.002, -4.05])
 def test_nuslerp_of_nearly_opposite_vectors_stays_between_them(last):
     """Along the arc their lengths, which differ, would be multiplied by 1/sin of an angle near 180°."""
@@ -119,10 +128,10 @@ def test_a_target_so_short_that_float32_has_no_factor_for_it_counts_as_0():
 
 
 def test_a_target_opposite_the_mean_pulls_nowhere():
-    """Its direction across the mean would be the rounding of a cosine near −1."""
-    along = np.array([.1, .2, .3], np.float32)
-    merged = apply("karcher", np.zeros(3), [along, along, -3 * along])
-    assert merged == pytest.approx(along * 5 / 3, rel=1e-6)
+    """The bisector of the first two is (2, 1); rounding alone says to which side of it the third lies."""
+    opposite = [-2, np.nextafter(np.float32(-1), np.float32(-2))]
+    merged = apply("karcher", np.zeros(2), [[1, 0], [.6, .8], opposite], [.4, .4, .2]).astype(float)
+    assert merged[1] / merged[0] == pytest.approx(.5, abs=1e-5) and merged[0] > 0
 
 
 def test_tiny_vectors_turn_as_large_ones_do():
