@@ -174,8 +174,7 @@ def test_a_tokenizer_that_does_not_fit_is_found(merged, tmp_path):
     assert words(finish(review(out, smoke=False, rounding=False)), "tokenizer")[0] == "warning"
 
 
-def test_the_model_is_asked_five_prompts(merged, monkeypatch):
-    monkeypatch.setattr("fusion.review.smoke.MAX_NEW_TOKENS", 4)
+def test_the_model_is_asked_five_prompts(merged):
     report = finish(review(merged, rounding=False))
     assert [one.prompt for one in report.answers] == list(PROMPTS) and len(PROMPTS) == 5
     assert all(one.finish in ("stop", "length") and 1 < one.perplexity < 1e6 for one in report.answers)

@@ -93,7 +93,7 @@ def inspection_text(report: Inspection, rows: Sequence[dict]) -> str:
     if ranks:
         columns += _numbered(report, rows, "rank ", "stable_rank", lambda value: _number(value, ".0f"))
     columns.append(("lost", [_percent(row["mean_lost"]) for row in rows]))
-    names = "   ".join(f"{j} = {target}" for j, target in enumerate(report.targets, 1))
+    names = "   ".join(f"{j} = {_short(target, 40)}" for j, target in enumerate(report.targets, 1))
     note = "" if len(report.targets) <= _COLUMNS else "; Δ and rank are the largest of all targets"
     return "\n".join([_wrap(f"{names}{note}"), _laid_out("unit", [row["unit"] for row in rows], columns), "",
                       _wrap(_summary(report)), _wrap(
@@ -260,7 +260,8 @@ def _short(text: str, room: int) -> str:
 
 
 def _wrap(text: str, indent: str = "", first: str = "") -> str:
-    return textwrap.fill(printable(text), WIDTH, initial_indent=first, subsequent_indent=indent)
+    return textwrap.fill(printable(text), WIDTH, initial_indent=first, subsequent_indent=indent,
+                         break_on_hyphens=False)
 
 
 def _number(value: float | None, form: str) -> str:
