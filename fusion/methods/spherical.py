@@ -127,7 +127,7 @@ def frechet(grams: np.ndarray, weights: np.ndarray, max_iter: int, tol: float) -
         dots = np.clip(units @ mean, -1, 1)
         angles = np.arccos(dots)
         sines = np.sin(angles)
-        pulls = np.where(angles < tol, 0, alive * angles / np.where(sines < NOWHERE, 1, sines))
+        pulls = alive * angles / np.where(sines < NOWHERE, 1, sines)
         tangent = pulls - (pulls @ dots) * mean
         turn = math.sqrt(max(tangent @ units @ tangent, 0.0))
         if turn < tol:
