@@ -19,6 +19,7 @@ from fusion.errors import (
     ResourceError,
     Stopped,
 )
+from fusion.inspection import Inspection, Preview, inspect, preview
 from fusion.merge import MergeResult, merge
 from fusion.methods import METHODS
 from fusion.preflight import Preflight, preflight
@@ -29,9 +30,10 @@ from fusion.version import VERSION
 from fusion.weights import effective_weights
 
 __all__ = [
-    "GRANULARITIES", "MEASURES", "METHODS", "Checkpoint", "CheckpointError", "FusionError", "MergeResult", "MismatchError",
-    "OutputError", "Override", "Place", "Preflight", "Progress", "Recipe", "RecipeError", "ResourceError", "Stopped",
-    "Variation", "effective_weights", "finish", "measure", "merge", "place", "preflight",
+    "GRANULARITIES", "MEASURES", "METHODS", "Checkpoint", "CheckpointError", "FusionError", "Inspection", "MergeResult",
+    "MismatchError", "OutputError", "Override", "Place", "Preflight", "Preview", "Progress", "Recipe", "RecipeError",
+    "ResourceError", "Stopped", "Variation", "effective_weights", "finish", "inspect", "measure", "merge", "place", "preflight",
+    "preview",
 ]
 
 __version__ = VERSION
