@@ -10,8 +10,6 @@ eq. 3; rank-stabilised scale, 2312.03732; DoRA, 2402.09353, eq. 5.
 from __future__ import annotations
 
 import hashlib
-import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,35 +19,17 @@ from pathlib import Path
 import numpy as np
 
 from fusion import dtypes
+from fusion.adapter_settings import CONFIG, MERGE_IT, SAVE_AGAIN, read_settings, scale_of, wants_text, weights_file
 from fusion.anatomy import place
 from fusion.checkpoint import Checkpoint, file_marks, resized, sampled
 from fusion.errors import CheckpointError, MismatchError, nearest
-from fusion.files import Files, read_json
+from fusion.files import Files
 from fusion.header import TensorInfo, read_header
-from fusion.pickles import converted
 from fusion.view import View
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 _CHUNK = 16_384  # elements whose sum over the rank stays in the cache
 _PART = re.compile(r"^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.default)?(\.weight)?$")
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
-_UNKNOWN = ("use_qalora", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_bdlora", "kasa_config",
-            "monteclora_config", "arrow_config", "trainable_token_indices", "lora_bias")  # they change what the numbers mean
-_MOVED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # these start from base weights of their own
-_AGAIN = "Save the adapter again."
-_PEFT = "Merge it into its base with peft's merge_and_unload and give that folder."
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model of its own."""
-    return os.path.isfile(folder / CONFIG) and not os.path.isfile(folder / "config.json")
-
-
-def wanted_base(folder: Path) -> str:
-    """The base that an adapter says it was made for; "" when it does not say."""
-    said = read_json(folder / CONFIG).get("base_model_name_or_path")
-    return said if isinstance(said, str) else ""
 
 
 @dataclass(frozen=True)
@@ -83,9 +63,9 @@ class Adapted(View):
         super().__init__(base)
         self.revision = "+".join(filter(None, (base.revision, revision)))
         self.adapter = folder
-        self.settings = _settings(folder)
+        self.settings = read_settings(folder)
         self.name = name or f"{base.name}+{folder.resolve().name}"
-        self._tensors = {tensor.name: tensor for tensor in read_header(_weights(folder))}
+        self._tensors = {tensor.name: tensor for tensor in read_header(weights_file(folder))}
         self._open = Files()
         self._alias: dict[str, str] = {}  # a head that a tied base has only as its embedding
         parts = self._sorted()
@@ -210,7 +190,8 @@ class Adapted(View):
         parts = _Parts()
         for name, tensor in self._tensors.items():
             if tensor.dtype not in dtypes.FLOATS:
-                raise CheckpointError(f"{name} is {tensor.dtype}, which is not a weight dtype", where=str(self.adapter), todo=_PEFT)
+                raise CheckpointError(f"{name} is {tensor.dtype}, which is not a weight dtype", where=str(self.adapter),
+                                      todo=MERGE_IT)
             found = _PART.fullmatch(name)
             if found:
                 parts.thin.setdefault(self._target(found[1], ".weight", name), {})[found[2]] = tensor
@@ -231,31 +212,31 @@ class Adapted(View):
             self._alias[wanted] = tables[0]
             return wanted
         raise MismatchError(f"{tensor} belongs to no tensor of {self.model.name}", where=str(self.adapter),
-                            todo=f"{nearest(wanted, self.model.info)} {_wants(self.adapter)}")
+                            todo=f"{nearest(wanted, self.model.info)} {wants_text(self.adapter)}")
 
     def _understand(self, target: str, its: dict[str, TensorInfo]) -> Thin:
         inside = "lora_embedding_A" in its or "lora_embedding_B" in its
         down, up = its.get("lora_embedding_A" if inside else "lora_A"), its.get("lora_embedding_B" if inside else "lora_B")
         shape, where = (self._whole.get(target) or self.model.info[self._alias.get(target, target)]).shape, str(self.adapter)
         if down is None or up is None:
-            raise CheckpointError(f"one of the two matrices for {target} is missing", where=where, todo=_AGAIN)
+            raise CheckpointError(f"one of the two matrices for {target} is missing", where=where, todo=SAVE_AGAIN)
         if len(shape) != 2 or len(down.shape) != 2 or len(up.shape) != 2 or down.shape[0] != up.shape[1]:
             raise CheckpointError(f"the adapter of {target} has shapes {list(down.shape)} and {list(up.shape)} for a weight of "
-                                  f"shape {list(shape)}; only matrices are known here", where=where, todo=_PEFT)
+                                  f"shape {list(shape)}; only matrices are known here", where=where, todo=MERGE_IT)
         full = (up.shape[0], down.shape[1])
         turned = full == shape[::-1]
         across = inside or (turned and (full != shape or bool(self.settings.get("fan_in_fan_out"))))
         if shape != (full[::-1] if across else full):
             raise MismatchError(f"{target} has shape {list(shape)} in {self.model.name}, the adapter is for {list(full)}",
-                                where=where, todo=_wants(self.adapter))
+                                where=where, todo=wants_text(self.adapter))
         magnitude = self._magnitude(target, its.get("lora_magnitude_vector"), across, shape[0])
-        return Thin(down, up, magnitude, _scale(self.settings, target.removesuffix(".weight"), down.shape[0], where), across)
+        return Thin(down, up, magnitude, scale_of(self.settings, target.removesuffix(".weight"), down.shape[0], where), across)
 
     def _magnitude(self, target: str, tensor: TensorInfo | None, across: bool, rows: int) -> TensorInfo | None:
         if tensor is not None and (across or tensor.numel != rows):
-            raise CheckpointError(f"DoRA on {target} is not known here", where=str(self.adapter), todo=_PEFT)
+            raise CheckpointError(f"DoRA on {target} is not known here", where=str(self.adapter), todo=MERGE_IT)
         if bool(self.settings.get("use_dora")) != (tensor is not None):
-            raise CheckpointError(f"use_dora does not agree with the tensors of {target}", where=str(self.adapter), todo=_AGAIN)
+            raise CheckpointError(f"use_dora does not agree with the tensors of {target}", where=str(self.adapter), todo=SAVE_AGAIN)
         return tensor
 
     def _replaced(self, name: str, tensor: TensorInfo) -> TensorInfo:
@@ -263,52 +244,8 @@ class Adapted(View):
         base = self.model.info[self._alias.get(name, name)]
         if tensor.shape != base.shape and (place(name).kind not in ("embedding", "head") or tensor.shape[1:] != base.shape[1:]):
             raise MismatchError(f"{name} has shape {list(base.shape)} in {self.model.name}, {list(tensor.shape)} in the adapter",
-                                where=str(self.adapter), todo=_wants(self.adapter))
+                                where=str(self.adapter), todo=wants_text(self.adapter))
         return replace(tensor, name=name, dtype=base.dtype)
-
-
-def _settings(folder: Path) -> dict:
-    settings, where = read_json(folder / CONFIG), str(folder)
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"the adapter is of type {kind!r}; only LORA is known here", where=where, todo=_PEFT)
-    odd = next((key for key in _UNKNOWN if settings.get(key)), None)
-    start = settings.get("init_lora_weights")
-    if odd is None and isinstance(start, str) and start.lower().startswith(_MOVED_BASE):
-        odd = "init_lora_weights"
-    if odd is not None:
-        raise CheckpointError(f"the adapter uses {odd} = {settings[odd]!r}, which is not known here", where=where, todo=_PEFT)
-    return settings
-
-
-def _weights(folder: Path) -> Path:
-    if (folder / WEIGHTS).is_file():
-        return folder / WEIGHTS
-    if (folder / "adapter_model.bin").is_file():
-        return converted([folder / "adapter_model.bin"]) / "model.safetensors"
-    raise CheckpointError(f"there is no {WEIGHTS}", where=str(folder), todo="Give the folder that the adapter was saved in.")
-
-
-def _scale(settings: dict, module: str, rank: int, where: str) -> float:
-    """alpha ÷ rank, or alpha ÷ √rank when rank-stabilised; a pattern that the module's name ends with gives its own alpha."""
-    patterns, alpha = settings.get("alpha_pattern"), settings.get("lora_alpha")
-    for pattern, its in (patterns.items() if isinstance(patterns, dict) else ()):
-        if _matches(pattern, module, where):
-            alpha = its
-            break
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or not rank:
-        raise CheckpointError(f"lora_alpha is {alpha!r} at rank {rank}", where=where, todo=_AGAIN)
-    return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-
-
-def _matches(pattern: str, module: str, where: str) -> bool:
-    """Whether a pattern (a regular expression without repeated groups, which could take for ever) ends the module's name."""
-    try:
-        if len(re.findall(r"[*+{]", pattern)) > 2 or re.search(r"\)[*+?{]", pattern):
-            raise ValueError("too involved")
-        return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
-    except (re.error, ValueError, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"the alpha_pattern {pattern[:80]!r} cannot be used ({error})", where=where, todo=_PEFT) from error
 
 
 def _config(base: Checkpoint, info: Mapping[str, TensorInfo]) -> dict:
@@ -318,6 +255,3 @@ def _config(base: Checkpoint, info: Mapping[str, TensorInfo]) -> dict:
     return resized(base.config, rows.pop()) if len(rows) == 1 else base.config
 
 
-def _wants(folder: Path) -> str:
-    base = wanted_base(folder)
-    return f"The adapter was made for {base}." if base else "Give the base that the adapter was made for."

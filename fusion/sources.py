@@ -13,7 +13,8 @@ import os
 from pathlib import Path
 
 from fusion import hub
-from fusion.adapters import Adapted, is_adapter, wanted_base
+from fusion.adapter_settings import is_adapter, wanted_base
+from fusion.adapters import Adapted
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError
 from fusion.pickles import converted, pickled_files

@@ -211,6 +211,7 @@ def test_an_adapter_alone_says_what_base_it_wants(tmp_path):
     (pair(), {"layer_replication": [[0, 2]]}, "layer_replication = [[0, 2]]"),
     (pair(), {"lora_alpha": "x"}, "lora_alpha is 'x'"),
     (pair(), {"lora_alpha": float("nan")}, "lora_alpha is nan"),
+    (pair(), {"lora_alpha": 10**400}, "lora_alpha is 1000"),
     (pair(), {"alpha_pattern": {"(a+)+": 1}}, "cannot be used (too involved)"),
     (pair(), {"alpha_pattern": {"[": 1}}, "cannot be used"),
     (pair(), {"use_dora": True}, "use_dora does not agree"),
