@@ -75,7 +75,7 @@ class TensorDigest:
 def _aligned(stored: np.ndarray, start_byte: int) -> np.ndarray:
     """The bytes as 64-bit words from a word's border on; zeros at the edges add nothing to the sums."""
     before = start_byte % 8
-    if before or len(stored) % 8 or stored.ctypes.data % 8:
+    if before or len(stored) % 8 or not stored.view("<u8").flags.aligned:
         padded = np.zeros(-(-(before + len(stored)) // 8) * 8, np.uint8)
         padded[before:before + len(stored)] = stored
         stored = padded
@@ -104,6 +104,11 @@ def digest_tensor(checkpoint: Checkpoint, name: str, stop: threading.Event | Non
 
 def digest_checkpoint(checkpoint: Checkpoint, known: Mapping[str, str] | None = None, threads: int = 2) -> Work[str]:
     """Read every tensor that is not `known` (name → digest) and return the checkpoint's digest; yields Progress per tensor."""
+    return checkpoint_digest((yield from digest_tensors(checkpoint, known, threads)))
+
+
+def digest_tensors(checkpoint: Checkpoint, known: Mapping[str, str] | None = None, threads: int = 2) -> Work[dict[str, str]]:
+    """The digest of every tensor by its name; reads those that are not `known`."""
     values = {name: value for name, value in (known or {}).items() if name in checkpoint.info}
     todo = [name for name in checkpoint.info if name not in values]
     meter = Meter("Reading weights", len(todo), "tensors", sum(checkpoint.info[name].nbytes for name in todo))
@@ -120,7 +125,7 @@ def digest_checkpoint(checkpoint: Checkpoint, known: Mapping[str, str] | None = 
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
-    return checkpoint_digest(values)
+    return values
 
 
 def _as_stored(checkpoint: Checkpoint, name: str) -> bool:

@@ -37,7 +37,7 @@ def merge_stages(recipes: Sequence[Recipe], out: str | os.PathLike, *, max_shard
     out = Path(out).absolute()
     if os.path.lexists(out):
         raise OutputError("exists already; nothing is ever overwritten", where=str(out), todo="Choose another folder.")
-    with _folder(out, resume) as scratch:
+    with scratch_folder(out, resume) as scratch:
         places: dict[str, Path] = {}
         done: list[Recipe] = []
         for number, recipe in enumerate(earlier, 1):
@@ -70,9 +70,9 @@ def _mark_of(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _folder(out: Path, resume: bool) -> Iterator[Path]:
-    """The locked hidden folder beside `out`; it is empty at first unless `resume`, and is removed at the end unless `resume`
-    failed. OutputError when another run uses it, or when it is not ours."""
+def scratch_folder(out: Path, resume: bool = False) -> Iterator[Path]:
+    """The locked hidden folder beside `out` for earlier stages; it is empty at first unless `resume`, and is removed at the
+    end unless `resume` failed. OutputError when another run uses it, or when it is not ours."""
     folder = out.parent / f".{out.name}.stages"
     with _disk_errors(out):
         made = [parent for parent in out.parents if not parent.exists()]
