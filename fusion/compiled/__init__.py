@@ -23,11 +23,12 @@ PAYS_BYTES = 150_000_000
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
 _kernels: ModuleType | None = None
+_refused = False
 
 
 def loops() -> ModuleType:
     """The module whose loops to call now: `kernels` once they are ready, else `twins`."""
-    return twins if _kernels is None or os.environ.get("FUSECHAT_COMPILED") == "0" else _kernels
+    return twins if _kernels is None or _refused else _kernels
 
 
 def prepare(nbytes: int) -> None:
@@ -35,9 +36,10 @@ def prepare(nbytes: int) -> None:
 
     ResourceError when FUSECHAT_COMPILED=1 and they cannot be had.
     """
-    global _thread
+    global _thread, _refused
     wish = os.environ.get("FUSECHAT_COMPILED", "")
-    if wish == "0" or (wish != "1" and nbytes < PAYS_BYTES):
+    _refused = wish == "0"
+    if _refused or (wish != "1" and nbytes < PAYS_BYTES):
         return
     with _lock:
         if _thread is None:

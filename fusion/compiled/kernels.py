@@ -212,11 +212,12 @@ def hash_words(words, first, keys, sums):
         chunk, place = divmod(first + at, size)
         n = min(size - place, len(words) - at)
         a, b = np.uint64(0), np.uint64(0)
-        part, its = words[at:at + n], keys[:, place:place + n]
+        part, key_a, key_b = words[at:at + n], keys[0, place:place + n], keys[1, place:place + n]
+        key_c, key_d = keys[2, place:place + n], keys[3, place:place + n]
         for i in range(n):
             low, high = part[i] & _LOW, part[i] >> _SHIFT
-            a += low * (its[0, i] & _LOW) + high * (its[1, i] & _LOW)
-            b += low * (its[2, i] & _LOW) + high * (its[3, i] & _LOW)
+            a += low * (key_a[i] & _LOW) + high * (key_b[i] & _LOW)
+            b += low * (key_c[i] & _LOW) + high * (key_d[i] & _LOW)
         sums[chunk, 0] += a
         sums[chunk, 1] += b
         at += n
