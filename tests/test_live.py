@@ -18,7 +18,7 @@ from fusion.live import LiveMerge, LiveResult, chat_model, state_dict
 from fusion.merge import merge
 from fusion.plan import MergePlan
 from fusion.progress import finish
-from fusion.recipe import Override, Recipe
+from fusion.recipe import Override, Recipe, Table
 from fusion.variation import measure
 from tests.conftest import ARCHITECTURES, load_tensors, save_checkpoint, save_family, snapshot
 
@@ -229,3 +229,42 @@ def test_memory_and_disk_agree_after_a_recipe_was_saved_and_read(tmp_path):
     again = finish(LiveMerge().update(Recipe.load(saved / "fusechat_recipe.yaml")))
     assert all(torch.equal(value, state_dict(again)[name]) for name, value in load_tensors(saved).items())
     assert "lm_head.weight" not in again.tensors and not [name for name in snapshot(tmp_path) if ".partial-" in name]
+
+
+# ── every method ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_only_what_an_option_touches_is_computed_again(family):
+    folders = family("llama")
+    recipe = recipe_of(folders, method="ties", options={"density": .5})
+    merging, count = LiveMerge(), len(load_tensors(folders[0]))
+
+    def computed(**changes) -> int:
+        changed = recipe.with_(**changes)
+        result, anew = finish(merging.update(changed)), finish(LiveMerge().update(changed))
+        assert all(np.array_equal(result.tensors[name], value) for name, value in anew.tensors.items())
+        return result.computed
+
+    assert computed() == count and computed() == 0
+    assert computed(seed=5) == 0  # nothing in it is random
+    assert computed(options={"density": Table((("*", .5), (Q0, .25)))}) == 1
+    assert computed(options={"density": (.5, .25)}) == count
+    assert computed(weights=(1, Table((("*", 1), (Q0, 2))))) == count
+    assert computed(weights=(1, Table((("*", 1), (Q0, 3))))) == 1
+    assert computed(exclude=(Q0,)) == 1 and computed(exclude=(Q0,), options={"density": .25}) == count - 1
+
+
+def test_a_seed_counts_only_where_chance_plays(family):
+    recipe = recipe_of(family("llama"), method="dare_linear", options={"density": .5})
+    merging = LiveMerge()
+    first = finish(merging.update(recipe))
+    other = finish(merging.update(recipe.with_(seed=1)))
+    assert other.computed == len(other.tensors) and not np.array_equal(first.tensors[Q0], other.tensors[Q0])
+    assert finish(merging.update(recipe.with_(seed=1))).computed == 0
+
+
+def test_another_method_computes_all_anew_though_its_settings_read_alike(family):
+    recipe = recipe_of(family("llama"), method="dare_linear", options={"density": .5})
+    merging = LiveMerge()
+    finish(merging.update(recipe))
+    result = finish(merging.update(recipe.with_(method="dare_ties")))
+    assert result.computed == len(result.tensors)

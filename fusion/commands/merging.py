@@ -27,6 +27,8 @@ def add(command) -> None:
     weighing(run)
     run.add_argument("--weights", metavar="W,W", help="one per target: a number, `variation` (measured) or curve:0,0.5,1 (over the "
                      "depth); between curves stands a semicolon; the word variation alone is for all")
+    run.add_argument("--rule", metavar="R", help="how variation becomes weights: ratio or softmax (default ratio)")
+    run.add_argument("--temperature", metavar="T", type=float, help="of rule softmax (default 1)")
     run.add_argument("--option", metavar="NAME=VALUE", action="append", help="an option of the method, see `methods`: a number, "
                      "true, false, a word, curve:0,0.5,1, or a list with one for each target; repeatable")
     run.add_argument("--override", metavar="PATTERN:TARGET=W[,TARGET=W]", action="append", help="give weights by hand; repeatable")
@@ -63,7 +65,8 @@ def _stages(options: argparse.Namespace) -> tuple[Recipe, ...]:
     changes = {name: value for name, value in (
         ("method", options.method), ("granularity", options.granularity), ("measure", options.measure),
         ("dtype", options.dtype), ("donor", options.donor), ("seed", options.seed), ("vocabulary", options.vocabulary),
-        ("weights", options.weights and _weights(options.weights)), ("options", options.option and _options(options.option)),
+        ("rule", options.rule), ("temperature", options.temperature), ("options", options.option and _options(options.option)),
+        ("weights", None if options.weights is None else _weights(options.weights)),
         ("overrides", options.override and tuple(map(_override, options.override))),
         ("exclude", options.exclude and tuple(options.exclude)), ("allow_nonfinite", options.allow_nonfinite or None),
     ) if value is not None}
