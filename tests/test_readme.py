@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fusion import Recipe
 from fusion.plan import MergePlan
+from fusion.recipe import load_stages
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,5 +68,5 @@ def test_the_two_commands_are_on_the_first_screen():
 @pytest.mark.parametrize("path", sorted((ROOT / "assets" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_example_recipes_can_be_merged(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    plan = MergePlan.open(Recipe.load(path))
+    plan = MergePlan.open(load_stages(path)[0])
     assert plan.report.level == "good"

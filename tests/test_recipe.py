@@ -6,7 +6,7 @@ import pytest
 
 from fusion.errors import RecipeError
 from fusion.methods import METHODS
-from fusion.recipe import Recipe, Table
+from fusion.recipe import Recipe, Slice, Table
 
 PLAIN = "fusechat: 1\npivot: pivot\ntargets: [a, b]\n"
 LINEAR = PLAIN + "method: linear\n"
@@ -150,6 +150,8 @@ def test_words_are_refused_with_the_nearest():
     (PLAIN + "weights: [0.5, variaton]", "line 4: weights: b: 'variaton' should be a finite number or `variation`"),
     (PLAIN + "weights: [0.7, {curve: [1]}]", "line 4: weights: b: a curve needs at least two points"),
     (PLAIN + "weights: [1.2, variation]", "beside `variation`, numbers must be from 0 to 1"),
+    (PLAIN + "weights: [1, {curve: [0, variation]}]", "line 4: weights: b: curve: 'variation' should be a finite number"),
+    ("fusechat: 1\npivot: p\ntargets: [a, b, c]\nweights: [.6, .6, variation]", "must be from 0 to 1 and sum to at most 1"),
     (PLAIN + "weights: [{table: []}, 1]", "weights: a: the table has no row"),
     (PLAIN + "weights: [{tabel: []}, 1]", "weights: unknown setting 'tabel'. Did you mean 'table'?"),
     (PLAIN + "weights: [{table: [{tensor: '*', value: 1}]}, 1]", "every row of a table needs `tensors` (a pattern) and `value`"),
@@ -183,6 +185,7 @@ def test_words_are_refused_with_the_nearest():
     (PLAIN + "slices: [{a: [0, 1], c: [0, 1], b: [0, 1]}]", "slices: slice 1: unknown model 'c'. Known: a, b, pivot"),
     (PLAIN + "slices: [{a: [0, true], b: [0, 1]}]", "a: [0, True] should be two whole numbers"),
     (PLAIN + "slices: [{}, {a: [0, 1], b: [0, 1]}]", "slices: slice 1: it names no model"),
+    (PLAIN + "seed: 9223372036854775808", "seed: 9223372036854775808 should be a whole number from 0 to"),
     (PLAIN + "seed: -1", "seed: -1 should be a whole number from 0 to 9223372036854775807"),
 ], ids=lambda value: value[:40])
 def test_a_recipe_that_makes_no_sense_is_refused_in_words(text, words):
@@ -202,6 +205,20 @@ def test_a_recipe_file_is_named_with_its_problems(tmp_path):
     file.write_text(PLAIN + "seed: -1\n")
     with pytest.raises(RecipeError, match=r"wrong\.yaml: line 4: seed: -1 should be"):
         Recipe.load(file)
+
+
+def test_what_could_not_be_read_brings_no_other_complaints():
+    text = "fusechat: 1\npivot: p\ntargets: 5\ndonor: a\nweights: [1, 2]\noverrides: [{tensors: x, weights: {a: 1}}]\nseed: -1\n"
+    assert problem(text) == ("recipe, 2 problems: line 3: targets: 5 should be a path, or a table with `path` and `name`.\n"
+                             "line 7: seed: -1 should be a whole number from 0 to 9223372036854775807.")
+    assert problem(PLAIN + "method: 7\nweights: [1]\noptions: {x: 1}") == "recipe: line 4: method: 7 should be text."
+
+
+def test_slices_may_take_one_of_many_models_each():
+    slices = (Slice({"a": (0, 2)}), Slice({"b": (1, 4)}), Slice({"pivot": (0, 1)}))
+    assert Recipe("p", ("a", "b"), method="passthrough", slices=slices).problems() == []
+    slices = (Slice({"a": (0, 2)}), Slice({"pivot": (1, 4), "b": (1, 4), "c": (2, 5)}))
+    assert Recipe("p", ("a", "b", "c"), method="slerp", slices=slices).problems() == []
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp", "nuslerp", "multislerp", "karcher", "passthrough"])

@@ -86,6 +86,7 @@ def test_yaml_gives_back_the_same_recipe(recipe):
 def test_a_recipe_with_every_default_written_out_is_valid_and_says_them(recipe):
     explicit = recipe.explicit().check()
     assert set(explicit.options) == {option.name for option in METHODS[recipe.method].options}
+    assert explicit.options.items() >= recipe.options.items()
     assert bool(explicit.weights) == bool(METHODS[recipe.method].weights) and explicit.measured == recipe.measured
     assert Recipe.from_yaml(explicit.to_yaml()) == explicit == explicit.explicit()
 

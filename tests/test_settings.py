@@ -39,6 +39,7 @@ def test_depth_is_read_off_the_name(name, layers, where):
 
 def test_the_largest_stack_counts_the_layers():
     assert count_layers(LLAMA) == 5 and count_layers(("lm_head.weight",)) == 0
+    assert count_layers(("h.1.mlp.weight", "h.3.mlp.weight", "visual.blocks.9.mlp.weight")) == 4
     towers = [*(f"visual.blocks.{i}.mlp.weight" for i in range(3)), *LLAMA]
     assert count_layers(towers) == 5
     assert resolve(Curve((0, 4)), towers)[:3] == [0, 1, 2]
@@ -90,6 +91,7 @@ def test_patterns_match_whole_names(pattern, found):
 def test_names_with_odd_characters_match_themselves_only(name):
     assert matching(name, [name, "axb", "a", "b"], "exclude") == [name]
     assert matching(name[0] + "*", [name, "zzz"], "exclude") == [name]
+    assert matching(name + "*", [name, "zzz"], "exclude") == [name]
 
 
 @pytest.mark.parametrize(("pattern", "nearest"), [
