@@ -44,7 +44,8 @@ def list_tensors(folder: Path, read: Callable[[Path], list[TensorInfo]] = read_h
     `read` reads the header of one file; `names` are the files there are (default: those in the folder).
     """
     promised = read_index(folder / INDEX)
-    names = {path.name for path in folder.iterdir()} if names is None else names
+    if names is None:  # a pipe or a device is no file: opening it may never end
+        names = {name for name in file_names(folder, "") if os.path.isfile(folder / name)}
     files = sorted(set(promised.values())) if promised else _single_file(folder, names)
     info: dict[str, TensorInfo] = {}
     for file in files:

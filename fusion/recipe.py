@@ -139,7 +139,7 @@ class Recipe:
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe file."""
-        return cls.from_yaml(_text(path), str(path))
+        return cls.from_yaml(read_text(path), str(path))
 
     @classmethod
     def from_dict(cls, data: object) -> Recipe:
@@ -178,7 +178,7 @@ def stages_from_yaml(text: str, where: str = "recipe") -> tuple[Recipe, ...]:
 
 def load_stages(path: str | Path) -> tuple[Recipe, ...]:
     """Read a file of one recipe or of several stages, see `stages_from_yaml`."""
-    return stages_from_yaml(_text(path), str(path))
+    return stages_from_yaml(read_text(path), str(path))
 
 
 def _read(document: documents.Document) -> tuple[Recipe, list[tuple[tuple, str]]]:
@@ -224,7 +224,8 @@ def _refuse(problems: Sequence[str], where: str) -> None:
                           where=where if len(problems) == 1 else f"{where}, {len(problems)} problems")
 
 
-def _text(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """The text of a recipe file, as far as one may be long; RecipeError when it cannot be read."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device need never end
             raise RecipeError("cannot be read (it is a folder, pipe or device)", where=str(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,16 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 INDEX, SHARD = "model.safetensors.index.json", "model-00002-of-00002.safetensors"
 STEERING = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 DEEP = "[" * 100_000
+
+
+@pytest.fixture(autouse=True)
+def little_memory():
+    """What would eat all memory fails by itself, not the machine."""
+    now, hard = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 3_000_000_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (now, hard))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from fusion.errors import OutputError, RecipeError
 from fusion.mergekit import Note, export_text, import_text, is_mergekit, lint
 from fusion.plan import MergePlan
 from fusion.progress import finish
-from fusion.recipe import Recipe, stages_from_yaml
+from fusion.recipe import Recipe, read_text, stages_from_yaml
 from fusion.variation import measure
 
 
@@ -32,7 +31,7 @@ def add(command) -> None:
 
 def stages_of(path: str) -> tuple[Recipe, ...]:
     """The stages in a file, be it a recipe or a mergekit file, whose warnings are then printed on stderr."""
-    text = _text(path)
+    text = read_text(path)
     if not is_mergekit(text):
         return stages_from_yaml(text, path)
     recipes, notes = import_text(text, where=path)
@@ -43,7 +42,7 @@ def stages_of(path: str) -> tuple[Recipe, ...]:
 
 
 def _import(options: argparse.Namespace) -> None:
-    recipes, notes = import_text(_text(options.file), where=options.file)
+    recipes, notes = import_text(read_text(options.file), where=options.file)
     text = documents.write([recipe.to_dict() for recipe in recipes])
     if options.out:
         _write(options.out, text)
@@ -55,7 +54,7 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _lint(options: argparse.Namespace) -> None:
-    notes = lint(_text(options.file))
+    notes = lint(read_text(options.file))
     if options.json:
         print_json([vars(note) for note in notes])
     else:
@@ -70,7 +69,7 @@ def _line(note: Note) -> str:
 
 
 def _export(options: argparse.Namespace) -> None:
-    stages = stages_from_yaml(_text(options.recipe), options.recipe)
+    stages = stages_from_yaml(read_text(options.recipe), options.recipe)
     named = {stage.name for stage in stages}
     parts = []
     for stage in stages:
@@ -98,13 +97,6 @@ def export(recipe: Recipe, quiet: bool = True) -> str:
     finally:
         for model in plan.models:
             model.close()
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot be read ({error})", where=path) from error
 
 
 def _write(path: str, text: str) -> None:
