@@ -137,6 +137,14 @@ def test_a_method_that_does_not_read_the_pivot_minds_only_the_targets(tmp_path, 
     stopped([pivot, a, c], CheckpointError, f"c: {UP} holds 4 values that are NaN or Inf", **options)
 
 
+def test_inf_is_refused_even_where_the_result_would_be_finite(tmp_path):
+    sick = {**TENSORS, UP: np.full((4, 4), np.inf, np.float32)}
+    folders = [save_checkpoint(tmp_path / name, tensors) for name, tensors in (("pivot", TENSORS), ("a", sick))]
+    stopped(folders, CheckpointError, f"a: {UP} holds 16 values that are NaN or Inf", method="nearswap")
+    recipe = Recipe(folders[0], (folders[1],), method="nearswap", allow_nonfinite=True)
+    assert finish(merge(recipe, tmp_path / "out")).finite
+
+
 def test_numbers_beyond_the_stored_dtype_are_refused_in_words(tmp_path):
     folders = [save_checkpoint(tmp_path / name, {UP: np.full(4, 1e6, np.float32)}) for name in ("pivot", "a")]
     stopped(folders, CheckpointError, f"{UP} becomes NaN or Inf when merged. Store the result as float32", dtype="float16")
