@@ -36,8 +36,9 @@ def explain(document: Document) -> Iterator[Note]:
     method = document.method
     if method in FORMS:
         yield Note("info", document.lines["merge_method"], f"{method}: {METHODS[method].summary}")
-        yield from _settings(document, FORMS[method])
-        yield from traps(document, FORMS[method])
+        if document.groups:
+            yield from _settings(document, FORMS[method])
+            yield from traps(document, FORMS[method])
     elif method in OTHERS:
         yield Note("error", document.lines["merge_method"],
                    f"{method} is meant for sparse updates from reinforcement learning and is not offered here. Near to it: "

@@ -17,6 +17,7 @@ from fusion.mergekit.document import Document, Note, Parameters, Reference, Row,
 MAX_CHARACTERS, MAX_NODES = 4_000_000, 200_000
 _TOP = ("models", "slices", "modules", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
         "tokenizer", "chat_template", "name")
+_TAGS = ("str", "int", "float", "bool", "timestamp")
 _PARAMETERS = {name for form in FORMS.values() for name in form.parameters}.union(*OTHERS.values())
 
 
@@ -71,10 +72,11 @@ class _Reader:
     def _document(self, root) -> Document:
         table = self.table(root, "the file", _TOP)
         given = [key for key in ("models", "slices", "modules") if key in table and not _empty(table[key])]
-        if table and len(given) != 1:
+        whole = _kind(root) == "mapping"
+        if whole and len(given) != 1:
             self.note("error", _line(table[given[1]]) if given else _line(root),
                       "give exactly one of models, slices and modules" + (f"; here are {' and '.join(given)}" if given else ""))
-        if table and "merge_method" not in table:
+        if whole and "merge_method" not in table:
             self.note("error", _line(root), "merge_method is missing: say which method merges")
         module, body = self.module(table["modules"]) if given[:1] == ["modules"] else ("", table)
         if "tokenizer" in table and "tokenizer_source" in table:
@@ -138,7 +140,7 @@ class _Reader:
         return node.value
 
     def scalar(self, node) -> Scalar | None:
-        if _kind(node) != "scalar" or _empty(node) or node.tag.startswith("!"):
+        if _kind(node) != "scalar" or _empty(node) or node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
             return None
         if not node.tag.endswith((":bool", ":int", ":float")):
             return node.value
