@@ -80,7 +80,7 @@ class Remapped(View):
     def _runs(self, first: int, last: int) -> list[tuple[int, int]]:
         """The rows first … last in runs that lie one after the other in one model."""
         owner, row = self.rows.owner[first:last], self.rows.row[first:last]
-        breaks = np.flatnonzero((np.diff(owner) != 0) | (np.diff(row) != 1) | (row[1:] < 0)) + first + 1
+        breaks = np.flatnonzero((np.diff(owner) != 0) | (np.diff(row) != 1) | (row[:-1] < 0)) + first + 1
         edges = [first, *breaks.tolist(), last]
         return [(begin, end) for begin, end in pairwise(edges) if begin < end]
 

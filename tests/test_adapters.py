@@ -244,6 +244,12 @@ def test_two_adapters_one_after_the_other(tmp_path):
     assert model.name == "base+one+two" and model[Q][0].tolist() == [6, 1, 14] and model[UP][0].tolist() == [3, 5, 7]
 
 
+def test_an_adapter_may_have_a_plus_in_its_name(tmp_path):
+    save_checkpoint(tmp_path / "base", BASE)
+    model = open_checkpoint(f"{tmp_path / 'base'}+{save_adapter(tmp_path / 'lora+v2', pair())}")
+    assert model.name == "base+lora+v2" and model[Q][0].tolist() == [6, 1, 14]
+
+
 def test_an_adapter_of_another_base_is_a_mismatch(opened):
     with pytest.raises(MismatchError):
         opened(pair("model.layers.7.self_attn.q_proj.weight"))

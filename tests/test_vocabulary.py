@@ -15,7 +15,7 @@ from fusion import finish, measure, vocabulary
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError, MismatchError, RecipeError
 from fusion.tokens import SAMPLES
-from fusion.vocabulary import unify
+from fusion.vocabulary import Remapped, Rows, unify
 from tests.conftest import save_checkpoint
 
 EMBED, HEAD, UP = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
@@ -184,6 +184,12 @@ def test_unified_models_can_be_measured(tmp_path, mode):
     variation = finish(measure(pivot, targets))
     rows = pivot.info[EMBED].shape[0]
     assert variation.shapes[variation.names.index(EMBED)] == (rows, 2) and pivot.tied
+
+
+def test_the_first_row_after_a_rebuilt_one_is_itself(tmp_path):
+    model = make(tmp_path / "m", byte_level("ab"))
+    view = Remapped(model, Rows((model, model), np.zeros(3, np.int64), np.array([-1, 0, 1]), {0: (4, 8)}), {})
+    assert values(view) == [6, 0, 1]
 
 
 def test_positions_are_no_tokens(tmp_path):
