@@ -60,15 +60,16 @@ def outline(document: Document, earlier: Mapping[str, Outline]) -> tuple[Outline
     """The tensors of a merge; `earlier` has those of the stages it may refer to. Notes say what had to be assumed."""
     first = document.base or document.groups[0][0].model
     names, notes = _names(first, document, earlier)
-    return _spots(names, document, not notes), notes
+    return spots(names, document, not notes), notes
 
 
 def whole_model(names: Sequence[str]) -> Outline:
     """The tensors of a merge of whole models that are called so."""
-    return _spots(names, Document(0, models=(Source(0, Reference(0, "")),)), True)
+    return spots(names, Document(0, models=(Source(0, Reference(0, "")),)), True)
 
 
-def _spots(names: Sequence[str], document: Document, known: bool) -> Outline:
+def spots(names: Sequence[str], document: Document, known: bool) -> Outline:
+    """The tensors of a merge of models whose tensors are called so."""
     stack = largest_stack(names)
     inside = [name for name in names if name.startswith(stack + ".") and place(name).layer is not None]
     others = set(names).difference(inside)
