@@ -71,6 +71,14 @@ def test_what_a_merge_says_of_its_result(run, folders, tmp_path):
                                    f"all finite; content digest {recipe.result['digest']}\n")
 
 
+def test_a_merge_can_be_reviewed_at_once(run, folders, tmp_path):
+    status, out, _ = run("merge", *folders, "--method", "linear", "--out", tmp_path / "out", "--review", "--json")
+    told = json.loads(run("review", tmp_path / "out", "--json")[1])
+    assert status == 0 and json.loads(out)["review"] == told
+    status, out, _ = run("merge", *folders, "--method", "linear", "--out", tmp_path / "again", "--review")
+    assert status == 0 and out.startswith("merged 2 tensors") and run("review", tmp_path / "again")[1].strip() in out
+
+
 STAGES = """fusechat: 1
 name: mean
 pivot: {0}

@@ -6,12 +6,14 @@ import argparse
 from collections.abc import Callable
 
 from fusion.commands.console import print_json, show_progress, weighing
+from fusion.commands.inspecting import review_text
 from fusion.commands.mergekit import stages_of
 from fusion.errors import RecipeError, nearest
 from fusion.merge import MergeResult
 from fusion.methods import METHODS
 from fusion.progress import Work, finish
 from fusion.recipe import Curve, Override, Recipe
+from fusion.review import review
 from fusion.stages import merge_stages
 
 ENGINES: dict[str, Callable[..., Work[MergeResult]]] = {"local": merge_stages}
@@ -39,6 +41,7 @@ def add(command) -> None:
     run.add_argument("--donor", metavar="NAME", help="gives tokenizer, chat template, generation config (default: pivot)")
     run.add_argument("--max-shard-gb", metavar="GB", type=float, default=5.0, help="largest shard (default 5)")
     run.add_argument("--engine", metavar="E", default="local", help=f"{', '.join(ENGINES)} (default local)")
+    run.add_argument("--review", action="store_true", help="then look at the result: distances, rounding, tokenizer, five prompts")
     run.add_argument("--resume", action="store_true", help="go on with a merge into this folder that was killed")
 
 
@@ -50,14 +53,18 @@ def _merge(options: argparse.Namespace) -> None:
         raise RecipeError(f"{options.max_shard_gb} GB is no sensible shard size", where="--max-shard-gb")
     work = ENGINES[options.engine](stages, options.out, max_shard_bytes=int(options.max_shard_gb * 1e9), resume=options.resume)
     result = finish(work, show_progress(options.json))
+    report = finish(review(result), show_progress(options.json)) if options.review else None
     before, after = result.parameters
     if options.json:
+        found = {"review": report.to_dict()} if report else {}
         print_json({"folder": str(result.folder), "recipe": result.recipe.to_dict(), "tensors": result.tensors,
-                    "parameters": {"pivot": before, "result": after}, "finite": result.finite})
+                    "parameters": {"pivot": before, "result": after}, "finite": result.finite, **found})
     else:
         finite = "all finite" if result.finite else "some NaN or Inf"
         print(f"merged {result.tensors} tensors of {len(result.recipe.targets)} targets into {options.out}\n"
               f"{before:,} parameters before, {after:,} after, {finite}; content digest {result.recipe.result['digest']}")
+        if report:
+            print(f"\n{review_text(report)}")
 
 
 def _stages(options: argparse.Namespace) -> tuple[Recipe, ...]:
