@@ -44,7 +44,11 @@ class Tokens:
         if bad is not None:
             raise CheckpointError(f"the id of token {bad!r} is {model.vocabulary[bad]!r}", where=model.name)
         self.model, self.ids = model, model.vocabulary
-        self.file = read_json(model.file("tokenizer.json"))
+
+    @cached_property
+    def file(self) -> dict:
+        """The content of tokenizer.json."""
+        return read_json(self.model.file("tokenizer.json"))
 
     @cached_property
     def added(self) -> Mapping[str, bool]:
@@ -54,10 +58,13 @@ class Tokens:
                 if isinstance(token, dict) and "content" in token}
 
     @cached_property
-    def texts(self) -> dict[str, str]:
-        """Token → the text it stands for; bytes that are no whole character are lone surrogates."""
-        kind = tokenizer_kind(self.ids)
-        return {token: token if token in self.added else surface(token, kind) for token in self.ids}
+    def kind(self) -> str:
+        """How the vocabulary writes spaces; see `align.surface`."""
+        return tokenizer_kind(self.ids)
+
+    def text(self, token: str) -> str:
+        """The text that a token stands for; bytes that are no whole character are lone surrogates."""
+        return token if token in self.added else surface(token, self.kind)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -177,9 +177,9 @@ def _counterparts(pivot: Tokens, tokens: Tokens) -> dict[int, int]:
     taken = set(found.values())
     rest = sorted((token for token in tokens.ids if tokens.ids[token] not in taken),
                   key=lambda token: (not _BYTE.fullmatch(token), -tokens.ids[token]))  # a byte's name gives way, then the higher id
-    free = {tokens.texts[token]: tokens.ids[token] for token in rest}
+    free = {tokens.text(token): tokens.ids[token] for token in rest}
     for token, number in pivot.ids.items():
-        other = free.get(pivot.texts[token]) if number not in found else None
+        other = free.get(pivot.text(token)) if free and number not in found else None
         if other is not None and other not in taken:
             found[number] = other
             taken.add(other)
@@ -189,14 +189,14 @@ def _counterparts(pivot: Tokens, tokens: Tokens) -> dict[int, int]:
 def _additions(known: Sequence[Tokens], counterparts: Sequence[Mapping[int, int]]) -> list[tuple[Added, dict[int, int]]]:
     """The tokens that only targets have, in the order of targets and ids, each with its id in every target that has it (by
     the target's number). Pieces of characters are left out: no text contains them."""
-    texts = set(known[0].texts.values())
+    texts = {known[0].text(token) for token in known[0].ids}
     owners: dict[str, dict[int, int]] = {}
     special: dict[str, bool] = {}
     for j, tokens in enumerate(known[1:], 1):
         taken = set(counterparts[j].values())
         for token, number in sorted(tokens.ids.items(), key=lambda item: item[1]):
-            text = tokens.texts[token]
-            if number not in taken and text.strip() and text not in texts and _whole(text):
+            text = tokens.text(token) if number not in taken else ""
+            if text.strip() and text not in texts and _whole(text):
                 owners.setdefault(text, {}).setdefault(j, number)
                 special[text] = special.get(text, False) or tokens.added.get(token, False)
     first = max(known[0].ids.values()) + 1
