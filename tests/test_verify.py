@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -75,13 +76,14 @@ def test_every_merge_is_what_its_recipe_makes(models, tmp_path, settings):
 
 def test_a_merge_of_several_stages_is_run_again_stage_by_stage(models, tmp_path):
     stages = (Recipe(models["pivot"], (models["a"], models["b"]), method="linear", name="mean"),
-              Recipe("mean", (models["b"],), method="ties", options={"density": .5}))
+              Recipe(models["pivot"], (models["a"],), method="nearswap", options={"t": .05}, name="near"),
+              Recipe("mean", ("near", models["b"]), method="ties", options={"density": .5}))
     folder = finish(merge_stages(stages, tmp_path / "out")).folder
     before = snapshot(tmp_path)
     assert verdict_of(folder).findings == [] and snapshot(tmp_path) == before
     rewrite(Path(models["a"]), lambda tensors: tensors[UP].add_(1))
     verdict = verdict_of(folder)
-    assert verdict.changed == ("mean: a", "pivot") and set(verdict.differing) == {UP} and not verdict.equal
+    assert verdict.changed == ("mean: a", "near: a", "pivot", "near") and set(verdict.differing) == {UP} and not verdict.equal
 
 
 def test_shards_do_not_matter(merged, tmp_path):
@@ -137,6 +139,13 @@ def test_a_model_that_changed_is_named(merged, models):
     assert verdict.findings[0] == "b has other weights than the merge was made of"
 
 
+def test_a_model_that_changed_is_named_even_where_it_does_not_count(models, tmp_path):
+    folder = finish(merge(Recipe(models["pivot"], (models["a"], models["b"]), method="linear"), tmp_path / "out")).folder
+    rewrite(Path(models["pivot"]), lambda tensors: tensors[DOWN].mul_(2))
+    verdict = verdict_of(folder)
+    assert verdict.changed == ("pivot",) and not verdict.differing and verdict.stored == verdict.again and not verdict.equal
+
+
 @pytest.mark.parametrize(("old", "new"), [
     ("seed: 7", "seed: 8"), ("density: 0.5", "density: 0.4"), ("rescale: true", "rescale: false")])
 def test_another_recipe_does_not_make_the_same(merged, old, new):
@@ -144,7 +153,7 @@ def test_another_recipe_does_not_make_the_same(merged, old, new):
     assert old in recipe.read_text()
     recipe.write_text(recipe.read_text().replace(old, new))
     verdict = verdict_of(merged)
-    assert verdict.recorded == verdict.stored != verdict.again and verdict.differing
+    assert verdict.recorded == verdict.stored != verdict.again and verdict.differing and not verdict.equal
 
 
 def test_a_digest_that_was_written_over_is_found(merged):
@@ -189,16 +198,16 @@ def test_a_model_that_is_gone_is_an_error(merged, models, tmp_path):
         verdict_of(merged)
 
 
-def test_closing_leaves_nothing(models, tmp_path):
+def test_closing_leaves_no_file_and_none_open(models, tmp_path):
     stages = (Recipe(models["pivot"], (models["a"],), method="linear", name="one"), Recipe("one", (models["b"],), method="ties"))
     folder = finish(merge_stages(stages, tmp_path / "out")).folder
-    before = snapshot(tmp_path)
+    before, files = snapshot(tmp_path), len(os.listdir("/proc/self/fd"))
     for steps in range(0, 30, 3):
         work = verify(folder)
         for _ in zip(range(steps), work, strict=False):
             pass
         work.close()
-        assert snapshot(tmp_path) == before
+        assert snapshot(tmp_path) == before and len(os.listdir("/proc/self/fd")) == files
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
