@@ -170,5 +170,26 @@ def at_a_glance(grid: Grid | None) -> str:
             f"change from the pivot: with VARM, their merge weights. Variation shows every matrix.</p>{''.join(rows)}</section>")
 
 
+def weights_at_a_glance(grid: Grid | None, kind: str) -> str:
+    """The effective weights per kind of tensor before merging: bars for shares, numbers for factors; empty when unknown."""
+    if grid is None or not kind or not np.isfinite(grid.weight).any():
+        return ""
+    sizes = np.array([np.prod(shape, dtype=np.float64) for shape in grid.shapes])
+    kinds = np.array([place(name).kind for name in grid.tensors])
+    rows = []
+    for its in dict.fromkeys(kinds):
+        weights = np.average(grid.weight[kinds == its], axis=0, weights=np.maximum(sizes[kinds == its], 1))
+        total = np.abs(weights).sum() or 1.0
+        parts = "".join(f"<i style='width:{100 * abs(weight) / total:.2f}%;background:{COLORS[j]};color:{INKS[j]}'>"
+                        f"{LETTERS[j]} {f'{weight:.0%}' if kind == 'shares' else f'{weight:.3g}'}</i>"
+                        for j, weight in enumerate(weights) if weight)
+        said = ", ".join(f"{LETTERS[j]} {weight:.3g}" for j, weight in enumerate(weights))
+        bar = parts or "<i style='width:100%;background:var(--neutral-500)'>the pivot's</i>"
+        rows.append(f"<div class='fs-share'><b>{its}</b><span role='img' aria-label='{said}'>{bar}</span></div>")
+    lead = "What this recipe merges with, per kind of tensor. Variation shows every matrix."
+    head = f"<h2 class='fs-title'>Effective weights</h2><p class='fs-lead'>{lead}</p>"
+    return f"<section class='fs-card'>{head}{''.join(rows)}</section>"
+
+
 def _percent(part: float, j: int) -> str:
     return f"{LETTERS[j]} {part:.0%}" if part >= 0.16 else ""

@@ -19,6 +19,7 @@ from pathlib import Path
 from components.jobs import Jobs
 from components.state import MAX_TARGETS, MergeRef, Selection, Settings
 from fusion import (
+    METHODS,
     Checkpoint,
     CheckpointError,
     OutputError,
@@ -36,7 +37,7 @@ from fusion import (
 from fusion.errors import nearest
 from fusion.live import LiveMerge, chat_model
 from fusion.progress import Work, finish
-from fusion.recipe import short_names
+from fusion.recipe import Slice, short_names
 from fusion.tables import bytes_text
 from fusion.weights import matching
 
@@ -166,11 +167,14 @@ class Studio:
         names = dict(zip(selection.targets, short_names(folders)[1:], strict=True))
         overrides = tuple(Override(tensor, {names[key]: weight for key, weight in given.items() if key in names})
                           for tensor, given in settings.given().items() if given.keys() & names.keys())
-        linear = settings.method == "linear"
+        slices = tuple(Slice({names.get(key, key): (start, end) for key, start, end in one}) for one in settings.slices)
+        has_weights = bool(METHODS[settings.method].weights)
         return Recipe(
             folders[0], tuple(folders[1:]), tuple(names.values()), settings.method, settings.granularity, settings.measure,
-            weights=settings.weights[:len(names)] if linear else (), overrides=overrides, exclude=settings.exclude,
-            dtype=settings.dtype, donor=names.get(settings.donor, "pivot"),
+            settings.rule, settings.temperature, _fitted(settings.weights, len(names)) if has_weights else (),
+            {name: value[:len(names)] if isinstance(value, tuple) else value for name, value in settings.options},
+            overrides if has_weights else (), settings.exclude, slices, settings.seed, settings.vocabulary, settings.dtype,
+            names.get(settings.donor, "pivot"), settings.allow_nonfinite,
         ).check()
 
     def adopt(self, recipe: Recipe) -> tuple[Selection, Settings]:
@@ -189,8 +193,11 @@ class Studio:
         names = list(self.checkpoint(pivot))
         edits = {tensor: {by_name[name]: float(weight) for name, weight in override.weights.items()}
                  for override in recipe.overrides for tensor in matching(override.tensors, names, "overrides")}
-        settings = Settings(recipe.method, recipe.granularity, recipe.measure, recipe.weights, (), recipe.exclude,
-                            recipe.dtype, by_name.get(recipe.donor, "pivot"))
+        slices = tuple(tuple((by_name.get(name, name), start, end) for name, (start, end) in one.ranges.items())
+                       for one in recipe.slices)
+        settings = Settings(recipe.method, recipe.granularity, recipe.measure, recipe.weights, tuple(recipe.options.items()), (),
+                            recipe.exclude, slices, recipe.seed, recipe.vocabulary, recipe.dtype,
+                            by_name.get(recipe.donor, "pivot"), recipe.rule, recipe.temperature, recipe.allow_nonfinite)
         return Selection(pivot, targets, self.first_selection().sources), settings.with_given(edits)
 
     def measured(self, selection: Selection) -> Variation | None:
@@ -229,11 +236,13 @@ class Studio:
             budget = bytes_text(self.pool.budget_bytes)
             raise ResourceError(f"this merge needs {bytes_text(needed)} of memory, {budget} are set aside for models",
                                 todo="Save it to a folder instead.")
-        variation = yield from self.measure(selection)
+        variation = None
+        if recipe.measured and not recipe.slices:  # stacked layers are other tensors than those that were measured
+            variation = yield from self.measure(selection)
         with self._merging:  # one at a time: the last merge is kept to reuse what did not change
             result = yield from self._live.update(recipe, variation)
             key = f"merge/{secrets.token_hex(16)}"
-            title = f"{recipe.method.upper() if recipe.method == 'varm' else recipe.method} #{len(selection.merges) + 1}"
+            title = f"{METHODS[recipe.method].title} #{len(selection.merges) + 1}"
             self.pool.put(key, chat_model(result, title))
         with self._lock:
             self._recipes[key] = (recipe, title)
@@ -275,6 +284,11 @@ class Studio:
     def offer_output(self, folder: Path) -> Entry:
         """Put a saved merge into the catalogue."""
         return self._add(Entry(f"outputs/{folder.name}", folder.name, folder))
+
+
+def _fitted(weights: tuple, count: int) -> tuple:
+    """Weights for so many targets: what is missing weighs as much as the last, what is too much is left out."""
+    return weights[:count] + weights[-1:] * (count - len(weights))
 
 
 def default_budget() -> int:

@@ -19,7 +19,7 @@ from components.models import at_a_glance
 from components.state import Selection, Settings
 from components.status import bar, error_note
 from components.studio import Studio
-from fusion import GRANULARITIES, MEASURES, FusionError, Variation, effective_weights
+from fusion import GRANULARITIES, MEASURES, METHODS, FusionError, RecipeError, Variation, effective_weights
 from fusion.weights import WeightPlan, give_weight
 
 GRANULARITY_HINT = "The unit that shares one weight; its change is pooled over all its elements."
@@ -144,20 +144,34 @@ def grid_of(studio: Studio, now: Selection, wish: Settings) -> Grid | None:
     variation = studio.measured(now)
     if variation is None:
         return None
-    plan, weights = effective_weights(studio.recipe(now, wish), variation)
     titles = tuple(studio.title(key) for key in now.targets)
-    return _grid(variation, titles, wish, plan, weights)
+    return _grid(variation, titles, wish, *_weighed(studio, now, wish, variation))
 
 
-def _grid(variation: Variation, titles: tuple[str, ...], wish: Settings, plan: WeightPlan, weights: np.ndarray) -> Grid:
+def _weighed(studio: Studio, now: Selection, wish: Settings, variation: Variation) -> tuple[WeightPlan | None, np.ndarray]:
+    """The plan and the effective weights [T, J] of the pivot's own tensors; no plan and NaN where the method has no weights."""
+    unknown = np.full((len(variation.names), len(variation.targets)), np.nan)
+    if not METHODS[wish.method].weights or wish.slices:  # stacked layers are other tensors than the measured ones
+        return None, unknown
+    plan, weights = effective_weights(studio.recipe(now, wish), variation)
+    return plan, weights
+
+
+def _grid(variation: Variation, titles: tuple[str, ...], wish: Settings, plan: WeightPlan | None, weights: np.ndarray) -> Grid:
+    fixed = np.zeros(weights.shape, bool) if plan is None else ~np.isnan(plan.given)
+    excluded = np.zeros(len(weights), bool) if plan is None else plan.excluded
     return Grid(titles, variation.names, variation.shapes, variation.ratios(wish.granularity, wish.measure),
-                variation.means(wish.granularity, wish.measure), weights, ~np.isnan(plan.given), plan.excluded,
-                wish.granularity, wish.measure)
+                variation.means(wish.granularity, wish.measure), weights, fixed, excluded, wish.granularity, wish.measure)
 
 
 def edited(wish: Settings, edit, grid: Grid, targets: tuple[str, ...]) -> Settings:
-    """Settings after one edit of the heatmap; `targets` are the keys in the grid's order. RecipeError with one target."""
-    edits = wish.given()
+    """Settings after one edit of the heatmap; `targets` are the keys in the grid's order.
+
+    Shares make room for the newest, factors stand by themselves. RecipeError with one target, and for a method without weights.
+    """
+    kind, edits = METHODS[wish.method].weights, wish.given()
+    if not kind:
+        raise RecipeError(f"{METHODS[wish.method].title} has no weights to give", todo="Choose another method in Merge.")
     key, number = targets[edit.target], {name: t for t, name in enumerate(grid.tensors)}
     for tensor in edit.tensors:
         given = {name: weight for name, weight in edits.pop(tensor, {}).items() if name in targets}
@@ -165,7 +179,7 @@ def edited(wish: Settings, edit, grid: Grid, targets: tuple[str, ...]) -> Settin
             given.pop(key, None)
         else:
             weight = edit.weight if edit.action == "set" else float(grid.weight[number[tensor], edit.target])
-            given = give_weight(given, key, weight, targets)
+            given = give_weight(given, key, weight, targets) if kind == "shares" else {**given, key: weight}
         if given:
             edits[tensor] = given
     return wish.with_given(edits)

@@ -12,7 +12,7 @@ import torch
 from playwright.sync_api import expect
 from transformers import AutoModelForCausalLM
 
-import components.merging
+from components.merging import running
 from components.page import build
 from components.studio import Studio
 from components.theme import HEAD, css, theme
@@ -175,7 +175,7 @@ def test_linear_shows_weights_and_hides_what_is_measured(visit):
     page = visit()
     open_tab(page, "Merge")
     page.locator("#method").get_by_label("Linear").click()
-    page.locator("#weight-b input").fill("3")
+    page.get_by_label("Weight of B", exact=True).fill("3")
     page.keyboard.press("Tab")
     expect(page.locator("#command")).to_contain_text("--weights 1,3")
     expect(page.locator("#merge-granularity")).to_be_hidden()
@@ -225,7 +225,7 @@ def test_a_recipe_can_be_loaded_and_a_broken_one_says_why(visit):
 @pytest.fixture
 def slow_saving(monkeypatch):
     """Saving takes a few seconds, as it does with real models; it is the same merge otherwise."""
-    real = components.merging.merge
+    real = running.merge
 
     def slow(*args, **options):
         result = None
@@ -240,7 +240,7 @@ def slow_saving(monkeypatch):
             work.close()
         return result
 
-    monkeypatch.setattr(components.merging, "merge", slow)
+    monkeypatch.setattr(running, "merge", slow)
 
 
 def test_stop_leaves_nothing_behind(visit, studio, slow_saving):

@@ -110,7 +110,7 @@ def test_settings_become_the_recipe_they_say(studio, picked):
     recipe = studio.recipe(picked, wish)
     assert recipe.weights == (1.0, 3.0) and recipe.exclude == ("*norm*",) and recipe.dtype == "float32"
     assert recipe.donor == recipe.names[1]
-    assert studio.recipe(picked, replace(wish, method="varm")).weights == ()
+    assert studio.recipe(picked, wish.with_method("varm")).weights == ()
 
 
 def test_a_recipe_taken_in_comes_out_the_same(studio, picked):

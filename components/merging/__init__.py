@@ -1,0 +1,24 @@
+"""The Merge tab: method, its form, what else a recipe can say; the recipe they make; try it in memory or save it as a folder."""
+
+from __future__ import annotations
+
+import gradio as gr
+from gradio.events import Dependency
+
+from components.merging import running, setting
+from components.merging.layout import MergeTab, lay_out
+from components.studio import Studio
+
+__all__ = ["MergeTab", "build"]
+
+
+def build(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.State, job: gr.BrowserState,
+          tabs: gr.Tabs) -> tuple[MergeTab, Dependency, Dependency]:
+    """Lay out the tab and bind its events; `job` keeps the id of a save in the browser, `tabs` jumps to Chat.
+
+    Returns the tab and the two events that end with a saved folder: saving now, and a page that came back to a job.
+    """
+    tab = lay_out(studio, selection.value)
+    setting.bind(studio, page, selection, settings, tab)
+    running.bind_trying(studio, selection, settings, tab, tabs)
+    return tab, *running.bind_saving(studio, page, selection, settings, job, tab)
