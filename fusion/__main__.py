@@ -1,17 +1,22 @@
 """The command line: every command calls the same function as the page's button.
 
-Exit status 0 only when it was done, 2 for a FusionError (its text on stderr), 130 when it was interrupted.
+Exit status 0 only when it was done, 2 for a FusionError (its text on stderr), 130 when it was interrupted, 143 when terminated.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 
 from fusion.commands import GROUPS
 from fusion.errors import FusionError
+
+
+class Terminated(BaseException):
+    """The process was asked to end; like an interrupt it is no error, and everything cleans up on its way out."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,12 +32,21 @@ def main(argv: list[str] | None = None) -> int:
     except FusionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was left behind", file=sys.stderr)
-        return 130
+    except MemoryError:
+        print("error: memory ran out; nothing was left behind. Close other programs.", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Terminated) as stopped:
+        kept = "finished shards are kept for --resume" if getattr(options, "resume", False) else "nothing was left behind"
+        print(f"\nstopped; {kept}", file=sys.stderr)
+        return 130 if isinstance(stopped, KeyboardInterrupt) else 143
     except BrokenPipeError:  # the reader of a pipe had enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _terminate(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: cleaning up is not to be interrupted
+    raise Terminated
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,4 +66,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(main())
