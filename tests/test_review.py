@@ -58,6 +58,11 @@ def test_with_one_target_the_hull_is_the_segment(tmp_path):
     assert report.mix[0] == pytest.approx([.5, .5], abs=1e-6) and report.hull[0] == pytest.approx(.5)
 
 
+def test_elements_above_and_below_all_parents_are_beyond_them(tmp_path):
+    report = reviewed(tmp_path, {Q0: [[2, -1, .5, 1]]}, {Q0: [[0, 0, 0, 0]]}, {Q0: [[1, 1, 1, 1]]})
+    assert report.beyond.tolist() == [.5]
+
+
 def test_the_nearest_mix_beats_every_other_one():
     random = np.random.default_rng(0)
     for count in (1, 2, 3, 6):

@@ -65,8 +65,7 @@ def _reviewed(folder: Path, result: Checkpoint, parents: Sequence[Checkpoint], p
         raise RecipeError("no matrix of the result has the name and shape of one in every parent", where=result.name,
                           todo="Give the models that it was made of.")
     parts = _parts(plan, names, len(parents))
-    part = dict(zip(names, parts, strict=True))
-    sums = yield from fold("Comparing with the parents", (*parents, result), names, lambda name: ReviewSums(part[name]),
+    sums = yield from fold("Comparing with the parents", (*parents, result), names, lambda name: ReviewSums(len(parents)),
                            allow_nonfinite=True)
     loss = (yield from rounding_of(plan, result)) if rounding and plan is not None else None
     answers = (yield from ask(folder)) if smoke else None

@@ -79,4 +79,4 @@ def _perplexity(model: chat.ChatModel, messages: list[dict]) -> float | None:
     with torch.inference_mode():
         scores = model.model(input_ids=ids).logits[0, :-1].float()
     surprise = torch.nn.functional.cross_entropy(scores, ids[0, 1:]).item() if len(scores) else math.nan
-    return math.exp(surprise) if math.isfinite(surprise) and surprise < 700 else None
+    return math.exp(surprise) if surprise < 700 else None  # which NaN is not

@@ -19,14 +19,12 @@ class ReviewSums:
     """Sums over one tensor: blocks are [P + 1, n] float32, the pivot first and the result last.
 
     `distance` [P] Σ (result − parent)²; `parent_square` [P]; `gram` [P, P] products of the targets' and the result's task
-    vectors from the pivot (0 for a target without part); `beyond` elements outside the range of the parents' values; `bad`
-    elements of the result that are not finite.
+    vectors from the pivot; `beyond` elements outside the range of the parents' values; `bad` elements of the result that are
+    not finite.
     """
 
-    def __init__(self, part: np.ndarray):
-        """`part` [P] bool: which parents take part in this tensor."""
-        self.part, count = part, len(part)
-        self.distance, self.parent_square, self.gram = np.zeros(count), np.zeros(count), np.zeros((count, count))
+    def __init__(self, parents: int):
+        self.distance, self.parent_square, self.gram = np.zeros(parents), np.zeros(parents), np.zeros((parents, parents))
         self.beyond = self.bad = 0
 
     def add(self, blocks: np.ndarray, bad: np.ndarray) -> None:
@@ -36,11 +34,8 @@ class ReviewSums:
         for p, parent in enumerate(parents):
             self.parent_square[p] += squares(parent.astype(np.float64))
             self.distance[p] += squares(np.subtract(result, parent, dtype=np.float64))
-        deltas = np.subtract(blocks[1:], blocks[0], dtype=np.float64)
-        deltas[:-1][~self.part[1:]] = 0
-        self.gram += gram(deltas)
-        values = parents[self.part]
-        self.beyond += int(np.count_nonzero((result > values.max(axis=0)) | (result < values.min(axis=0))))
+        self.gram += gram(np.subtract(blocks[1:], blocks[0], dtype=np.float64))
+        self.beyond += int(np.count_nonzero((result > parents.max(axis=0)) | (result < parents.min(axis=0))))
 
 
 @dataclass
