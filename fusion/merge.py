@@ -87,14 +87,14 @@ def merge(recipe: Recipe, out: str | os.PathLike, *, variation: Variation | None
     """Run a recipe into the new folder `out`; yields Progress, returns the MergeResult.
 
     `variation` skips measuring when it is already known for these very checkpoints. `resume` goes on after the last finished
-    shard of a merge that was killed. `places` and `stages` are for `stages.merge_stages`: where earlier results lie, and their
-    recipes. Every FusionError leaves no folder behind, and so does closing the generator.
+    shard of a merge that was killed, and measures anew. `places` and `stages` are for `stages.merge_stages`: where earlier
+    results lie, and their recipes. Every FusionError leaves no folder behind, and so does closing the generator.
     """
     plan = MergePlan.open(recipe, out, places)
     try:
         marks = {label: model.stamp for label, model in plan.sources.items()}
         with CheckpointWriter(out, plan.outputs(), max_shard_bytes, resume=resume, plan_digest=plan.digest) as writer:
-            computed = yield from compute(plan, writer, variation)
+            computed = yield from compute(plan, writer, None if resume else variation)
             recipe = yield from resolved(plan, computed)
             check_unchanged(plan, marks)
             for name, content in side_files(plan, recipe, computed, stages):

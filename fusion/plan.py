@@ -30,6 +30,7 @@ from fusion.slices import PIVOT, restack
 from fusion.sources import open_checkpoint
 from fusion.tokens import FILES
 from fusion.variation import Variation, nonfinite
+from fusion.version import VERSION
 from fusion.vocabulary import unify
 from fusion.weights import OptionPlan, WeightPlan, measured_weights
 
@@ -133,9 +134,9 @@ class MergePlan:
 
     @cached_property
     def digest(self) -> str:
-        """A mark of what is merged how, from the recipe and the files' stamps: the same plan gives the same bytes."""
+        """A mark of what is merged how, from engine, recipe and the files' stamps: the same plan gives the same bytes."""
         said = {**self.recipe.to_dict(), "revisions": {}, "result": {}}
-        marks = [json.dumps(said, sort_keys=True), *(model.stamp for model in self.sources.values())]
+        marks = [VERSION, json.dumps(said, sort_keys=True), *(model.stamp for model in self.sources.values())]
         return hashlib.sha256("\0".join(marks).encode(errors="backslashreplace")).hexdigest()
 
     def outputs(self) -> list[tuple[str, str, tuple[int, ...]]]:
