@@ -163,6 +163,13 @@ def test_a_filter_hits_every_name_it_is_a_piece_of(models):
     assert [n for n in range(12) if values[f"model.layers.{n}.mlp.up_proj.weight"] == 5] == [1, 10, 11]
 
 
+def test_a_filter_with_a_full_name_becomes_that_name(models):
+    rows = "".join(f"    - {{filter: {name}, value: {n}}}\n" for n, name in enumerate(("lm_head.weight", "norm.weight")))
+    recipe = one(f"merge_method: linear\nbase_model: {models}/pivot\nmodels:\n- model: {models}/target-a\n"
+                 f"  parameters:\n    weight:\n{rows}    - {{value: 2}}\n")
+    assert recipe.weights == (Table((("*", 2), ("*norm.weight*", 1), ("lm_head.weight", 0))),)
+
+
 def test_slices_look_at_the_names_in_the_source(models):
     """Slice 2 begins with layer 2 of a and layer 1 of b; what was layer 1 of b is layer 2 of the result."""
     recipe = one(f"""\

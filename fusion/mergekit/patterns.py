@@ -117,7 +117,13 @@ def _numbered(rows: Sequence[Row]) -> bool:
 
 
 def _fitting(pairs: list[Pair], names: Sequence[str]) -> list[Pair]:
-    return [(pattern, value) for pattern, value in pairs if fnmatch.filter(names, pattern.replace("[", "[[]"))]
+    """Without the patterns that no name matches; one that matches a single name in full becomes that name."""
+    found = []
+    for pattern, value in pairs:
+        hits = fnmatch.filter(names, pattern.replace("[", "[[]"))
+        if hits:
+            found.append((hits[0] if hits == [pattern.strip("*")] else pattern, value))
+    return found
 
 
 def _last_word(pairs: list[Pair]) -> list[Pair]:
