@@ -207,6 +207,10 @@ def test_a_recipe_file_is_named_with_its_problems(tmp_path):
         Recipe.load(file)
 
 
+def test_softmax_is_no_matter_where_nothing_is_measured():
+    assert Recipe("p", ("a", "b"), method="ties", granularity="parameter", rule="softmax").problems() == []
+
+
 def test_what_could_not_be_read_brings_no_other_complaints():
     text = "fusechat: 1\npivot: p\ntargets: 5\ndonor: a\nweights: [1, 2]\noverrides: [{tensors: x, weights: {a: 1}}]\nseed: -1\n"
     assert problem(text) == ("recipe, 2 problems: line 3: targets: 5 should be a path, or a table with `path` and `name`.\n"
