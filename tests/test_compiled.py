@@ -109,10 +109,58 @@ def test_hashes_are_the_same(kernels, first, n):
     assert any((sums[0] != 1).any(axis=1))
 
 
+@settings(max_examples=60)
+@given(n=st.sampled_from([0, 1, 127, 128, 129, 2500, 9000, 65536]), seed=st.integers(0, 999))
+def test_lane_sums_are_the_same(kernels, n, seed):
+    values = numbers(n, seed)
+    wide = values.astype(np.float64) * np.pi
+    calls = (("lane_sum", (values,)), ("lane_sum", (wide,)), ("lane_squares", (values,)), ("lane_product", (wide, wide)))
+    for name, arguments in calls:
+        assert getattr(kernels, name)(*arguments) == getattr(twins, name)(*arguments)
+    assert twins.lane_squares(values) == pytest.approx((values.astype(float) ** 2).sum())
+
+
+@given(n=st.sampled_from([0, 1, 2500, 70_000]), low=st.integers(0, 2**32 - 1), high=st.integers(0, 2**32 - 1))
+def test_draws_are_the_same(kernels, n, low, high):
+    drawn = np.zeros((2, n), np.uint32)
+    kernels.draw(low, high, drawn[0])
+    twins.draw(low, high, drawn[1])
+    assert np.array_equal(*drawn)
+
+
+@given(n=st.sampled_from([0, 1, 2500]), seed=st.integers(0, 99))
+def test_counts_are_the_same_and_count_every_number_once(kernels, n, seed):
+    bits = numbers(n, seed).view(np.uint32) & np.uint32(0x7FFFFFFF)
+    upper, lower = np.zeros((2, 1 << 15), np.int64), np.zeros((2, 1 << 16), np.int64)
+    often = int(bits[0] >> 16) if n else 3
+    for m, loops in enumerate((kernels, twins)):
+        loops.count_upper(bits, upper[m])
+        loops.count_lower(bits, often, lower[m])
+    assert np.array_equal(*upper) and np.array_equal(*lower)
+    assert np.array_equal(upper[0], np.bincount(bits >> 16, minlength=1 << 15))
+    assert lower[0].sum() == upper[0][often]
+
+
+@settings(max_examples=60)
+@given(n=st.sampled_from([1, 7, 2048, 5000]), count=st.integers(1, 8), seed=st.integers(0, 999), divided=st.booleans(),
+       sick=st.booleans())
+def test_elections_and_sums_of_those_that_agree_are_the_same(kernels, n, count, seed, divided, sick):
+    random = np.random.default_rng(seed)
+    deltas = np.stack([np.where(random.random(n) < .7, numbers(n, seed + j, sick), 0) for j in range(count)]).astype(np.float32)
+    table = random.random(1 << count).astype(np.float32) + 1 if divided else np.empty(0, np.float32)
+    signs, totals = np.zeros((2, n), np.uint32), np.zeros((2, n), np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for m, loops in enumerate((kernels, twins)):
+            loops.majority(deltas, signs[m])
+            loops.add_agreeing(deltas.copy(), signs[m], table, totals[m])
+    assert np.array_equal(*signs)
+    assert dtypes.encode(totals[0], "F32").tobytes() == dtypes.encode(totals[1], "F32").tobytes()
+
+
 def test_every_loop_has_its_twin(kernels):
     public = {name for name, value in vars(twins).items() if callable(value) and value.__module__ == twins.__name__
               and not name.startswith("_")}
-    assert public == {"decode", "encode", "all_finite", "sum_changes", "weigh", "hash_words"}
+    assert public >= {"decode", "encode", "all_finite", "sum_changes", "weigh", "hash_words"}
     assert all(hasattr(kernels, name) for name in public)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fusion.methods import BLOCK, Arrays, apply
-from fusion.methods.pipeline import DropByRank, agreeing_weights, divisor, drop, ranks
+from fusion.methods.pipeline import DropByRank, divisor, drop, ranks, sum_agreeing
 from fusion.methods.stack import steady
 
 ZERO = np.zeros(4, np.float32)
@@ -66,9 +66,11 @@ def test_small_weights_are_normalised_as_large_ones_are():
 def test_the_sum_of_agreeing_weights_is_the_same_by_table_and_one_by_one(count):
     random = np.random.default_rng(count)
     deltas, weights = random.normal(size=(count, 500)).astype(np.float32), random.random(count)
-    right = ((deltas > 0) * weights[:, None]).sum(axis=0)
-    got = agreeing_weights(deltas, weights, lambda sums: divisor(sums, weights))
-    assert got == pytest.approx(np.where(right > 0, right, 1), rel=1e-6) and got.dtype == np.float32
+    sign = (random.integers(0, 2, 500) << 31).astype(np.uint32)
+    turned = np.where(sign, -deltas, deltas)
+    above = np.where(turned > 0, turned, 0).sum(axis=0) / np.maximum(((turned > 0) * weights[:, None]).sum(axis=0), 1e-30)
+    got = sum_agreeing(deltas, sign, weights, lambda sums: divisor(sums, weights))
+    assert got == pytest.approx(np.where(sign, -above, above), rel=1e-5) and got.dtype == np.float32
 
 
 # ── keep the largest ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -27,7 +27,8 @@ def _read_only(item: types.Type, dimensions: int) -> types.Array:
 
 
 ROW, ROWS, CODES = _read_only(types.uint8, 1), _read_only(types.uint8, 2), _read_only(types.int64, 1)
-NUMBERS, BYTES = types.float32[::1], types.uint8[::1]
+NUMBERS, BYTES, WORDS = types.float32[::1], types.uint8[::1], types.uint32[::1]
+DELTAS = _read_only(types.float32, 2)
 
 
 def _compile(*signatures):
@@ -90,7 +91,7 @@ def _store(values, code, out, start, n):
         halves = out.view(np.uint16)[start:start + n]
         for i in range(n):
             b = bits[i]
-            rounded = (b + np.uint32(0x7FFF) + (b >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+            rounded = np.uint32(b + np.uint32(np.uint32(0x7FFF) + (b >> np.uint32(16) & np.uint32(1)))) >> np.uint32(16)
             if b & _SIGN > _INFINITE:
                 rounded = np.uint32(0x7FC0)
             halves[i] = rounded
@@ -202,6 +203,113 @@ def weigh(rows, codes, n, weights, code, out):
             heaviest[i] += shift[i]
         finite &= _store(heaviest, code, out, start, m)
     return finite
+
+
+@_compile(types.float64(_read_only(types.float32, 1)), types.float64(_read_only(types.float64, 1)))
+def lane_sum(values):
+    """See `twins.lane_sum`."""
+    lanes, whole = np.zeros(LANES), len(values) // LANES * LANES
+    for r in range(0, whole, LANES):
+        for lane in range(LANES):
+            lanes[lane] += np.float64(values[r + lane])
+    for i in range(whole, len(values)):
+        lanes[i - whole] += np.float64(values[i])
+    return _fold(lanes)
+
+
+@_compile(types.float64(_read_only(types.float32, 1)))
+def lane_squares(values):
+    """See `twins.lane_squares`."""
+    lanes, whole = np.zeros(LANES), len(values) // LANES * LANES
+    for r in range(0, whole, LANES):
+        for lane in range(LANES):
+            value = np.float64(values[r + lane])
+            lanes[lane] += value * value
+    for i in range(whole, len(values)):
+        value = np.float64(values[i])
+        lanes[i - whole] += value * value
+    return _fold(lanes)
+
+
+@_compile(types.float64(_read_only(types.float64, 1), _read_only(types.float64, 1)))
+def lane_product(one, other):
+    """See `twins.lane_product`."""
+    lanes, whole = np.zeros(LANES), len(one) // LANES * LANES
+    for r in range(0, whole, LANES):
+        for lane in range(LANES):
+            lanes[lane] += one[r + lane] * other[r + lane]
+    for i in range(whole, len(one)):
+        lanes[i - whole] += one[i] * other[i]
+    return _fold(lanes)
+
+
+@_compile(types.void(types.uint32, types.uint32, WORDS))
+def draw(low, high, out):
+    """See `twins.draw`."""
+    for i in range(len(out)):  # numba widens sums and products of 32 bits to 64
+        x = np.uint32(i + low)
+        x = np.uint32((x ^ x >> np.uint32(16)) * np.uint32(0x7FEB352D))
+        x = np.uint32(x + high)
+        x = np.uint32((x ^ x >> np.uint32(15)) * np.uint32(0x846CA68B))
+        x = np.uint32((x ^ x >> np.uint32(16)) * np.uint32(0x7FEB352D))
+        out[i] = x ^ x >> np.uint32(15)
+
+
+@_compile(types.void(_read_only(types.uint32, 1), types.int64[::1]))
+def count_upper(bits, out):
+    """See `twins.count_upper`."""
+    for i in range(len(bits)):
+        out[bits[i] >> np.uint32(16)] += 1
+
+
+@_compile(types.void(_read_only(types.uint32, 1), types.uint32, types.int64[::1]))
+def count_lower(bits, upper, out):
+    """See `twins.count_lower`."""
+    for i in range(len(bits)):
+        if bits[i] >> np.uint32(16) == upper:
+            out[bits[i] & np.uint32(0xFFFF)] += 1
+
+
+@_compile(types.void(DELTAS, WORDS))
+def majority(deltas, sign):
+    """See `twins.majority`."""
+    total = np.empty(TILE, np.float32)
+    for start in range(0, len(sign), TILE):
+        m = min(TILE, len(sign) - start)
+        total[:m] = deltas[0, start:start + m]
+        for j in range(1, len(deltas)):
+            its = deltas[j, start:start + m]
+            for i in range(m):
+                total[i] += its[i]
+        part = sign[start:start + m]
+        for i in range(m):
+            part[i] = np.uint32(0x80000000) if total[i] < 0 else np.uint32(0)
+
+
+@_compile(types.void(DELTAS, _read_only(types.uint32, 1), _read_only(types.float32, 1), NUMBERS))
+def add_agreeing(deltas, sign, table, total):
+    """See `twins.add_agreeing`."""
+    turned, which = np.empty(TILE, np.uint32), np.empty(TILE, np.int32)
+    values, zero = turned.view(np.float32), np.float32(0)
+    for start in range(0, len(sign), TILE):
+        m = min(TILE, len(sign) - start)
+        out, its_sign = total[start:start + m], sign[start:start + m]
+        out[:], which[:] = 0, 0
+        for j in range(len(deltas)):
+            bits = deltas[j].view(np.uint32)[start:start + m]
+            for i in range(m):
+                turned[i] = bits[i] ^ its_sign[i]
+            for i in range(m):
+                out[i] += zero if values[i] <= zero else values[i]
+            if len(table):
+                for i in range(m):
+                    which[i] |= np.int32(values[i] > zero) << j
+        if len(table):
+            for i in range(m):
+                out[i] /= table[which[i]]
+        turned_out = out.view(np.uint32)
+        for i in range(m):
+            turned_out[i] ^= its_sign[i]
 
 
 @_compile(types.void(_read_only(types.uint64, 1), types.int64, _read_only(types.uint64, 2), types.uint64[:, ::1]))

@@ -13,13 +13,14 @@ import numpy as np
 from fusion import dtypes
 
 LANES = 128
+PLACES = np.arange(1 << 16, dtype=np.uint32)
 _held = threading.local()
 
 
 def _numbers(name: str, n: int, dtype: type = np.float32) -> np.ndarray:
     """Memory for `n` numbers that this thread keeps: fresh pages for every block would cost more than the arithmetic."""
-    if len(getattr(_held, name, ())) < n:
-        setattr(_held, name, np.empty(n, dtype))
+    if name not in vars(_held) or len(getattr(_held, name)) < n:
+        setattr(_held, name, np.empty(max(n, 1), dtype))
     return getattr(_held, name)[:n]
 
 
@@ -91,6 +92,88 @@ def weigh(rows: np.ndarray, codes: np.ndarray, n: int, weights: np.ndarray, code
                 shift += model
         heaviest += shift
         return encode(heaviest, code, out)
+
+
+def lane_sum(values: np.ndarray) -> float:
+    """The sum of `values` [n] (float32 or float64) in float64."""
+    return _lanes(values, len(values))
+
+
+def lane_squares(values: np.ndarray) -> float:
+    """The sum of the squares of `values` [n] float32, squared and summed in float64."""
+    wide = _numbers("delta", len(values), np.float64)
+    np.copyto(wide, values)
+    return _lanes(np.square(wide, out=wide), len(values))
+
+
+def lane_product(one: np.ndarray, other: np.ndarray) -> float:
+    """The inner product of two vectors [n] of float64."""
+    return _lanes(one * other, len(one))
+
+
+def _lanes(values: np.ndarray, n: int) -> float:
+    whole = n // LANES * LANES
+    lanes = values[:whole].reshape(-1, LANES).sum(axis=0, dtype=np.float64)
+    lanes[:n - whole] += values[whole:]
+    while len(lanes) > 1:
+        lanes = lanes[:len(lanes) // 2] + lanes[len(lanes) // 2:]
+    return float(lanes[0])
+
+
+def draw(low: int, high: int, out: np.ndarray) -> None:
+    """Fill `out` [n] with 32 random bits each, of a key whose lower half is moved on by the first element; see `methods.draws`."""
+    shifted = np.empty_like(out)
+    np.add(PLACES[:out.size] if out.size <= PLACES.size else np.arange(out.size, dtype=np.uint32), np.uint32(low), out=out)
+    out ^= np.right_shift(out, np.uint32(16), out=shifted)
+    out *= np.uint32(0x7FEB352D)
+    out += np.uint32(high)
+    out ^= np.right_shift(out, np.uint32(15), out=shifted)
+    out *= np.uint32(0x846CA68B)
+    out ^= np.right_shift(out, np.uint32(16), out=shifted)
+    out *= np.uint32(0x7FEB352D)
+    out ^= np.right_shift(out, np.uint32(15), out=shifted)
+
+
+def count_upper(bits: np.ndarray, out: np.ndarray) -> None:
+    """Add to `out` [32768] how many of `bits` (uint32, sign bit clear) have each value of their upper 15 bits."""
+    places = _numbers("places", bits.size, np.intp)
+    np.add.at(out, np.right_shift(bits, np.uint32(16), out=places, casting="unsafe"), 1)
+
+
+def count_lower(bits: np.ndarray, upper: int, out: np.ndarray) -> None:
+    """Add to `out` [65536] how many of those `bits` whose upper bits are `upper` have each value of their lower 16 bits."""
+    inside = np.flatnonzero((bits >> np.uint32(16)) == np.uint32(upper))
+    if inside.size:
+        np.add.at(out, (bits[inside] & np.uint32(0xFFFF)).astype(np.intp), 1)
+
+
+def majority(deltas: np.ndarray, sign: np.ndarray) -> None:
+    """Write the sign bits [n] uint32 of the sum of `deltas` [J, n] in the order of the targets; 0 counts as +."""
+    total = _numbers("first", len(sign))
+    np.copyto(total, deltas[0])
+    for its in deltas[1:]:
+        total += its
+    np.left_shift(total < 0, np.uint32(31), out=sign, dtype=np.uint32)
+
+
+def add_agreeing(deltas: np.ndarray, sign: np.ndarray, table: np.ndarray, total: np.ndarray) -> None:
+    """Write the sum of those of `deltas` [J, n] float32 (used up) that have the `sign` bit [n], in the order of the targets.
+
+    `table` [2ᴶ] float32 holds what to divide by, at the sum of 2ʲ over the targets that were added; empty: nothing.
+    """
+    which = _numbers("which", len(total), np.uint16)
+    which[:] = 0
+    for j, its in enumerate(deltas):
+        its.view(np.uint32)[:] ^= sign  # from here on those that agree are above 0
+        if len(table):
+            which |= np.left_shift(its > 0, np.uint16(j), dtype=np.uint16)
+    np.maximum(deltas[0], 0, out=total)
+    total += np.float32(0)  # so that there is but one zero
+    for its in deltas[1:]:
+        total += np.maximum(its, 0, out=its)
+    if len(table):
+        total /= table.take(which, mode="clip")
+    total.view(np.uint32)[:] ^= sign
 
 
 def hash_words(words: np.ndarray, first: int, keys: np.ndarray, sums: np.ndarray) -> None:

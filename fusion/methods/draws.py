@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from fusion import compiled
+
 LANES = 1 << 32
 MASK = (1 << 64) - 1
-PLACES = np.arange(1 << 16, dtype=np.uint32)
 
 
 def draw(key: int, start: int, n: int) -> np.ndarray:
@@ -40,14 +41,4 @@ def mix(key: int) -> int:
 
 
 def _fill(key: int, low: int, out: np.ndarray) -> None:
-    shifted = np.empty_like(out)
-    np.add(PLACES[:out.size] if out.size <= PLACES.size else np.arange(out.size, dtype=np.uint32),
-           np.uint32((low + key) & 0xFFFFFFFF), out=out)
-    out ^= np.right_shift(out, np.uint32(16), out=shifted)
-    out *= np.uint32(0x7FEB352D)
-    out += np.uint32(key >> 32)
-    out ^= np.right_shift(out, np.uint32(15), out=shifted)
-    out *= np.uint32(0x846CA68B)
-    out ^= np.right_shift(out, np.uint32(16), out=shifted)
-    out *= np.uint32(0x7FEB352D)
-    out ^= np.right_shift(out, np.uint32(15), out=shifted)
+    compiled.loops().draw((low + key) & 0xFFFFFFFF, key >> 32, out)

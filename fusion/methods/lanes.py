@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import numpy as np
 
-LANES = 128
+from fusion import compiled
 
 
 def lane_sum(values: np.ndarray) -> float:
-    """The sum of `values` [n] of any float dtype, in float64."""
-    whole = values.size // LANES * LANES
-    lanes = values[:whole].reshape(-1, LANES).sum(axis=0, dtype=np.float64)
-    lanes[:values.size - whole] += values[whole:]
-    while lanes.size > 1:
-        lanes = lanes[:lanes.size // 2] + lanes[lanes.size // 2:]
-    return float(lanes[0])
+    """The sum of `values` [n] float32 or float64, in float64."""
+    return compiled.loops().lane_sum(np.ascontiguousarray(values))
+
+
+def lane_squares(values: np.ndarray) -> float:
+    """The sum of the squares of `values` [n] float32, in float64."""
+    return compiled.loops().lane_squares(np.ascontiguousarray(values))
 
 
 def lane_product(one: np.ndarray, other: np.ndarray) -> float:
     """The inner product of two vectors [n] of float64."""
-    return lane_sum(one * other)
+    return compiled.loops().lane_product(np.ascontiguousarray(one), np.ascontiguousarray(other))

@@ -12,14 +12,16 @@ from functools import partial
 
 import numpy as np
 
+from fusion import compiled
 from fusion.methods.draws import draw, uniform
 from fusion.methods.lanes import lane_sum
 from fusion.methods.method import per_target
 from fusion.methods.select import Cut, Selection, Top, magnitude_bits
-from fusion.methods.stack import BLOCK, Block, Stack, row_length, steady
+from fusion.methods.stack import Block, Stack, row_length, steady
 
 Divide = Callable[[np.ndarray], np.ndarray]
 NOTHING = 1e-30  # a share of all changes this small is none: the factor to make up for it would not fit into float32
+TABLED = 8  # targets whose sets are few enough for a table
 CANCELLED = 1e-6  # a sum of weights this small against their magnitudes is rounding
 
 
@@ -56,8 +58,7 @@ class KeepLargest(KeepAll):
         size, self.multiple = math.prod(tensor.shape), 1
         self.cuts: dict[int, tuple[Cut, Cut]] = {}
         density, gamma = per_target(self.density, tensor.count), per_target(self.gamma, tensor.count)
-        scratch = np.empty(min(size, BLOCK), np.intp)
-        chosen = {j: Selection(scratch) for j in range(tensor.count) if density[j] < 1}
+        chosen = {j: Selection() for j in range(tensor.count) if density[j] < 1}
         if not chosen:
             return
         for deltas in changes(tensor):
@@ -208,10 +209,9 @@ def weighted_sum(deltas: np.ndarray, factors: np.ndarray) -> np.ndarray:
 
 def majority(deltas: np.ndarray) -> np.ndarray:
     """Sign bits [n] uint32 of the sum of `deltas` [J, n] in the order of the targets; 0 counts as +."""
-    total = deltas[0].copy()
-    for its in deltas[1:]:
-        total += its
-    return (total < 0).astype(np.uint32) << np.uint32(31)
+    sign = np.empty(deltas.shape[1], np.uint32)
+    compiled.loops().majority(np.ascontiguousarray(deltas), sign)
+    return sign
 
 
 def sum_agreeing(deltas: np.ndarray, sign: np.ndarray, weights: np.ndarray, divide: Divide | None) -> np.ndarray:
@@ -219,32 +219,28 @@ def sum_agreeing(deltas: np.ndarray, sign: np.ndarray, weights: np.ndarray, divi
 
     `divide` turns the sum of the `weights` [J] of those that were added into what the result is divided by; None: nothing.
     """
-    for its in deltas:
-        its.view(np.uint32)[:] ^= sign  # from here on those that agree are above 0
-    below = agreeing_weights(deltas, weights, divide) if divide else None
-    total = np.maximum(deltas[0], 0)
-    for its in deltas[1:]:
-        total += np.maximum(its, 0, out=its)
-    if below is not None:
-        total /= below
-    total.view(np.uint32)[:] ^= sign
-    return total
+    few = len(weights) <= TABLED
+    table = agreeing_weights(weights, divide) if divide and few else np.empty(0, np.float32)
+    below = divide(many_agreeing(deltas, sign, weights)).astype(np.float32) if divide and not few else None
+    total = np.empty(deltas.shape[1], np.float32)
+    compiled.loops().add_agreeing(np.ascontiguousarray(deltas), sign, table, total)
+    return total if below is None else np.divide(total, below, out=total)
 
 
-def agreeing_weights(deltas: np.ndarray, weights: np.ndarray, divide: Divide) -> np.ndarray:
-    """`divide` of the sum (float64) of the weights whose change is above 0, for each element; [n] float32."""
-    if len(weights) > 8:
-        total = np.zeros(deltas.shape[1])
-        for its, weight in zip(deltas, weights, strict=True):
-            total += (its > 0) * weight
-        return divide(total).astype(np.float32)
-    which = np.zeros(deltas.shape[1], np.uint8)
-    for j, its in enumerate(deltas):
-        which |= (its > 0).view(np.uint8) << np.uint8(j)
+def agreeing_weights(weights: np.ndarray, divide: Divide) -> np.ndarray:
+    """`divide` of the sum (float64) of every set of the weights [J], at the sum of 2ʲ over its members; [2ᴶ] float32."""
     sums = np.zeros(1 << len(weights))
     for j, weight in enumerate(weights):
         sums += (np.arange(sums.size) >> j & 1) * weight
-    return divide(sums).astype(np.float32).take(which, mode="clip")
+    return divide(sums).astype(np.float32)
+
+
+def many_agreeing(deltas: np.ndarray, sign: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The sum (float64) of the weights whose change is not 0 and has the elected sign, for each element [n]."""
+    total = np.zeros(deltas.shape[1])
+    for its, weight in zip(deltas, weights, strict=True):
+        total += ((its.view(np.uint32) ^ sign).view(np.float32) > 0) * weight
+    return total
 
 
 def divisor(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:

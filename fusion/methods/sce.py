@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from fusion.methods.lanes import lane_product
+from fusion.methods.lanes import lane_squares
 from fusion.methods.method import About
 from fusion.methods.pipeline import changes, majority, sum_agreeing
 from fusion.methods.select import Cut, Selection, Top, magnitude_bits
@@ -95,10 +95,9 @@ def energies(tensor: Stack, cut: Cut | None, work: np.ndarray) -> tuple[np.ndarr
     total, size, top = np.zeros(tensor.count), 0, Top(cut) if cut else None
     for deltas in changes(tensor):
         size += deltas.shape[1]
-        wide = deltas.astype(np.float64)
         if top:
-            wide *= top.mask(spread_bits(deltas, work))
-        total += [lane_product(its, its) for its in wide]
+            deltas *= top.mask(spread_bits(deltas, work))
+        total += [lane_squares(its) for its in deltas]
     return total, size
 
 

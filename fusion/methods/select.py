@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fusion import compiled
+
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 NOTHING = 1 << 32  # above the bits of every number
 
@@ -18,22 +20,6 @@ NOTHING = 1 << 32  # above the bits of every number
 def magnitude_bits(values: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """The bits of |values| (float32) as uint32, which sort as the magnitudes do."""
     return np.bitwise_and(values.view(np.uint32), MAGNITUDE, out=out)
-
-
-def count_upper(bits: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> None:
-    """Add to `out` [32768] how many of `bits` (uint32, sign bit clear) have each value of their upper 15 bits.
-
-    `scratch` [at least n] intp: fresh memory for every block would cost more than the counting.
-    """
-    places = np.right_shift(bits, np.uint32(16), out=scratch[:bits.size], casting="unsafe")
-    np.add.at(out, places, 1)
-
-
-def count_lower(bits: np.ndarray, upper: int, out: np.ndarray) -> None:
-    """Add to `out` [65536] how many of those `bits` whose upper bits are `upper` have each value of their lower 16 bits."""
-    inside = np.flatnonzero((bits >> np.uint32(16)) == np.uint32(upper))
-    if inside.size:
-        np.add.at(out, (bits[inside] & np.uint32(0xFFFF)).astype(np.intp), 1)
 
 
 @dataclass(frozen=True)
@@ -49,13 +35,10 @@ class Cut:
 
 
 class Selection:
-    """Finds cuts: `count` every block, `aim` at ranks, `refine` with every block again, then read `cuts`.
+    """Finds cuts: `count` every block, `aim` at ranks, `refine` with every block again, then read `cuts`."""
 
-    `scratch` may be shared by the selections of one tensor.
-    """
-
-    def __init__(self, scratch: np.ndarray | None = None):
-        self.size, self.scratch = 0, np.empty(0, np.intp) if scratch is None else scratch
+    def __init__(self):
+        self.size = 0
         self.upper = np.zeros(1 << 15, np.int64)
         self.lower: dict[int, np.ndarray] = {}
         self.ranks: tuple[int, ...] = ()
@@ -63,9 +46,7 @@ class Selection:
     def count(self, bits: np.ndarray) -> None:
         """The first pass: take in a block of magnitude bits."""
         self.size += bits.size
-        if self.scratch.size < bits.size:
-            self.scratch = np.empty(bits.size, np.intp)
-        count_upper(bits, self.upper, self.scratch)
+        compiled.loops().count_upper(bits, self.upper)
 
     def aim(self, ranks: Sequence[int]) -> None:
         """Say how many of the largest are wanted, one number or several."""
@@ -76,7 +57,7 @@ class Selection:
     def refine(self, bits: np.ndarray) -> None:
         """The second pass: the same blocks again."""
         for upper, counts in self.lower.items():
-            count_lower(bits, upper, counts)
+            compiled.loops().count_lower(bits, upper, counts)
 
     def cuts(self) -> tuple[Cut, ...]:
         """The cuts of the ranks that were aimed at."""
