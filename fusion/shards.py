@@ -54,6 +54,10 @@ class Shard:
         write_all(self._file, data, slot.start + start * ITEM_BYTES[slot.dtype])
         return len(data)
 
+    def flush(self) -> None:
+        """Wait until what is written so far is on the disk."""
+        os.fdatasync(self._file)
+
     def seal(self) -> None:
         """Write the header and wait until everything is on the disk."""
         write_all(self._file, self.header, 0)

@@ -24,6 +24,8 @@ from fusion.shards import MAX_SHARD_BYTES, Shard, disk_error, plan_shards
 
 __all__ = ["MAX_SHARD_BYTES", "CheckpointWriter"]
 
+FLUSH_BYTES = 1 << 28  # of a shard that is still written: the disk works meanwhile, the end has less to wait for
+
 
 class CheckpointWriter:
     """Writes tensors and small files into a folder that appears on `finish` and never otherwise.
@@ -51,6 +53,8 @@ class CheckpointWriter:
         self._shards: dict[str, Shard] = {}
         self._written = dict.fromkeys(self.slots, 0)
         self._notes: dict[str, dict[str, dict]] = {file: {} for file in self.headers}
+        self._unflushed = dict.fromkeys(self.headers, 0)
+        self._early: dict[str, list[Future]] = {file: [] for file in self.headers}
         self._seals: dict[str, Future] = {}
         self._flush = ThreadPoolExecutor(4)  # its threads wait for the disk, no more
         self._lock = threading.Lock()
@@ -94,10 +98,15 @@ class CheckpointWriter:
     def write(self, name: str, start: int, stored: np.ndarray | bytes) -> None:
         """Write stored numbers as the flat elements of `name` from `start` on."""
         slot = self.slots[name]
+        shard = self._shards[slot.file]
         with self._disk():
-            nbytes = self._shards[slot.file].write(slot, start, stored)
+            nbytes = shard.write(slot, start, stored)
         with self._lock:
             self._written[name] += nbytes
+            self._unflushed[slot.file] += nbytes
+            if self._unflushed[slot.file] >= FLUSH_BYTES:
+                self._unflushed[slot.file] = 0
+                self._early[slot.file].append(self._flush.submit(shard.flush))
 
     def done(self, name: str, notes: Mapping | None = None) -> None:
         """Say that every block of `name` is written; `notes` is plain data that a resumed merge finds in `finished`."""
@@ -212,6 +221,8 @@ class CheckpointWriter:
 
     def _seal(self, file: str) -> None:
         with self._disk():
+            for flushed in self._early[file]:
+                flushed.result()
             self._shards[file].seal()
             self._record(file)
 

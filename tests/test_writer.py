@@ -141,6 +141,25 @@ def test_an_error_of_the_disk_midway_leaves_nothing(tmp_path, monkeypatch, call)
     assert snapshot(tmp_path) == {}
 
 
+def test_the_disk_works_while_a_shard_is_still_written_and_its_errors_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FLUSH_BYTES", 20)
+    flushed, fdatasync = [], os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda file: flushed.append(file) or fdatasync(file))
+    with CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
+        fill(writer)
+        writer.finish()
+    assert len(flushed) == 3 and set(load_tensors(tmp_path / "out")) == set(VALUES)  # a, then scalar and count, then odd
+
+    def broken(file):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "fdatasync", broken)
+    with pytest.raises(OutputError, match="cannot be written"), CheckpointWriter(tmp_path / "other", LAYOUT) as writer:
+        fill(writer)
+        writer.finish()
+    assert not (tmp_path / "other").exists()
+
+
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "file").write_text("x")
