@@ -100,16 +100,16 @@ def wait_for(out: Path, shards: int) -> None:
         time.sleep(0.01)
 
 
-def killed(sources: Path, out: Path, granularity: str, steps: int, resume: bool = False) -> None:
-    """Merge in another process and kill that after so many steps of "Merging"."""
+def killed(sources: Path, out: Path, granularity: str, steps: int, resume: bool = False, shards: int | None = None) -> None:
+    """Merge in another process and kill that after so many steps of "Merging", when so many shards are finished."""
     argv = [sys.executable, "-c", STEPWISE, sources, out, granularity, str(SHARD_BYTES), "resume" if resume else ""]
-    shards = (steps - 1) // 2 - 1  # that are surely finished: at most one is open beside the one that is filled
+    sure = (steps - 1) // 2 - 1  # at most one shard is open beside the one that is filled
     with subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         while steps:
             steps -= process.stdout.readline().startswith("Merging")
             if steps:
                 print(file=process.stdin, flush=True)
-        wait_for(out, shards)
+        wait_for(out, sure if shards is None else shards)
         process.kill()
     assert process.returncode == -signal.SIGKILL
 
@@ -140,8 +140,8 @@ def test_kill_9_midway(sources, whole, tmp_path, granularity, steps):
 
 
 def test_killed_again_and_again_a_resumed_merge_arrives(sources, whole, tmp_path):
-    for _ in range(2):
-        killed(sources, tmp_path / "out", "matrix", 5, resume=True)
+    for turn in (1, 2):
+        killed(sources, tmp_path / "out", "matrix", 5, resume=True, shards=turn)
     done = []
     finish(run(sources, tmp_path / "out", resume=True), lambda progress: done.append(progress.done))
     assert done[0] >= 4 and snapshot(tmp_path / "out") == whole["matrix"] and os.listdir(tmp_path) == ["out"]
@@ -177,13 +177,15 @@ def test_stop_at_every_step_leaves_nothing(sources, tmp_path, granularity):
 
 
 SLOW = """
-import os, runpy, sys, time
-real = os.pwrite
-def slow(*args):
-    print("writing", flush=True)
-    time.sleep(0.02)
-    return real(*args)
-os.pwrite = slow
+import os, runpy, shutil, sys, time
+def slow(real, word, seconds):
+    def call(*args, **options):
+        print(word, flush=True)
+        time.sleep(seconds)
+        return real(*args, **options)
+    return call
+os.pwrite = slow(os.pwrite, "writing", 0.02)
+shutil.rmtree = slow(shutil.rmtree, "removing", 0.5)
 sys.argv[0] = "fusion"
 runpy.run_module("fusion", run_name="__main__", alter_sys=True)
 """
@@ -194,13 +196,15 @@ def command(sources: Path, out: Path, *options: str) -> list[str]:
 
 
 def signalled(argv: list[str], number: int, writes: int) -> tuple[int, str]:
-    """Run the command, send it a signal after so many writes, twice; returns its exit status and what it said."""
+    """Run the command, send it a signal after so many writes, and SIGTERM again while it cleans up.
+
+    Returns its exit status and what it said."""
     with subprocess.Popen([sys.executable, "-c", SLOW, *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as process:
         for _ in range(writes):
             process.stdout.readline()
         process.send_signal(number)
-        if number == signal.SIGTERM:
+        if number == signal.SIGTERM and any("removing" in line for line in process.stdout):
             process.send_signal(number)
         _, err = process.communicate()
     return process.returncode, err
