@@ -87,8 +87,7 @@ class CheckpointStack:
         self._unchecked = False
 
     def _read(self, row: Row, start: int, stored: np.ndarray, out: np.ndarray) -> None:
-        loops, n = compiled.loops(), len(out)
-        row.fill(start, start + n, stored)
-        if self._unchecked and not loops.all_finite(stored, row.code, n):
+        row.fill(start, start + len(out), stored)
+        finite = compiled.loops().decode(stored, row.code, len(out), out)
+        if self._unchecked and not finite:
             raise nonfinite(self._name, self._models[not self._reads_pivot:])
-        loops.decode(stored, row.code, n, out)

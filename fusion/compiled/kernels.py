@@ -77,10 +77,17 @@ def _tile(row, code, start, n, out):
             out[i] = np.float32(doubles[i])
 
 
-@_compile(types.void(ROW, types.int64, types.int64, NUMBERS))
+@_compile(types.boolean(ROW, types.int64, types.int64, NUMBERS))
 def decode(row, code, n, out):
     """See `twins.decode`."""
-    _tile(row, code, 0, n, out)
+    bits, worst = out.view(np.uint32), np.uint32(0)
+    for start in range(0, n, TILE):
+        m = min(TILE, n - start)
+        _tile(row, code, start, m, out[start:start + m])
+        part = bits[start:start + m]
+        for i in range(m):
+            worst = max(worst, part[i] & _SIGN)
+    return worst < _INFINITE
 
 
 @_compile(types.boolean(NUMBERS, types.int64, BYTES, types.int64, types.int64))

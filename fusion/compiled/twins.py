@@ -24,10 +24,12 @@ def _numbers(name: str, n: int, dtype: type = np.float32) -> np.ndarray:
     return getattr(_held, name)[:n]
 
 
-def decode(row: np.ndarray, code: int, n: int, out: np.ndarray) -> None:
-    """Write `n` stored numbers as float32 into `out`."""
-    its = dtypes.FLOATS[code]
-    dtypes.decode(row[:n * dtypes.ITEM_BYTES[its]], its, out[:n])
+def decode(row: np.ndarray, code: int, n: int, out: np.ndarray) -> bool:
+    """Write `n` stored numbers as float32 into `out`; returns whether all of them are finite."""
+    its, values = dtypes.FLOATS[code], out[:n]
+    dtypes.decode(row[:n * dtypes.ITEM_BYTES[its]], its, values)
+    with np.errstate(over="ignore", invalid="ignore"):  # the sum says it in one fast pass, unless it overflows
+        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
 
 
 def encode(values: np.ndarray, code: int, out: np.ndarray) -> bool:
@@ -40,9 +42,7 @@ def encode(values: np.ndarray, code: int, out: np.ndarray) -> bool:
 
 def all_finite(row: np.ndarray, code: int, n: int) -> bool:
     """Whether `n` stored numbers are finite in float32."""
-    values = _numbers("first", n)
-    decode(row, code, n, values)
-    return bool(np.isfinite(values).all())
+    return decode(row, code, n, _numbers("first", n))
 
 
 def sum_changes(rows: np.ndarray, codes: np.ndarray, n: int, sums: np.ndarray) -> None:
