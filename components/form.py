@@ -107,7 +107,7 @@ def _read(value: object) -> object:
     if isinstance(value, dict) and set(value) == {"patterns"} and isinstance(value["patterns"], str):
         return {"table": _table(value["patterns"])}
     if isinstance(value, dict):
-        points = value.get("curve", ())
+        points = value.get("curve", [])
         if not isinstance(points, list) or len(points) > _MAX_POINTS:
             raise RecipeError("a curve is a list of at most 33 numbers", todo="Draw it again.")
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from dataclasses import replace
 from html import escape
 
@@ -83,7 +84,7 @@ def _bind_form(studio: Studio, selection: gr.State, settings: gr.State, tab: Mer
             return parse_change(event._data, wish, len(now.targets)), gr.skip()
         except FusionError as error:
             gr.Warning(str(error).replace("recipe: ", "", 1))
-            return gr.skip(), _form(studio, now, wish)  # shows again what counts
+            return gr.skip(), {**_form(studio, now, wish), "again": time.monotonic_ns()}  # so that it is drawn again
 
     tab.form.edit(change, [selection, settings], [settings, tab.form], trigger_mode="always_last", **_QUIET)
 
