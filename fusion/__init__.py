@@ -19,7 +19,6 @@ from fusion.errors import (
     ResourceError,
     Stopped,
 )
-from fusion.inspection import Inspection, Preview, inspect, preview
 from fusion.merge import MergeResult, merge
 from fusion.methods import METHODS
 from fusion.preflight import Preflight, preflight
@@ -37,3 +36,12 @@ __all__ = [
 ]
 
 __version__ = VERSION
+_LATER = ("Inspection", "Preview", "inspect", "preview")  # opened when asked for: every command imports this file
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fusion import inspection
+
+    return getattr(inspection, name)

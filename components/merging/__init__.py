@@ -5,6 +5,7 @@ from __future__ import annotations
 import gradio as gr
 from gradio.events import Dependency
 
+from components import reports
 from components.merging import running, setting
 from components.merging.layout import MergeTab, lay_out
 from components.studio import Studio
@@ -21,4 +22,6 @@ def build(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Sta
     tab = lay_out(studio, selection.value)
     setting.bind(studio, page, selection, settings, tab)
     running.bind_trying(studio, selection, settings, tab, tabs)
-    return tab, *running.bind_saving(studio, page, selection, settings, job, tab)
+    saved = running.bind_saving(studio, page, selection, settings, job, tab)
+    reports.bind(studio, page, selection, tab.report, saved[0], tab.name)
+    return tab, *saved

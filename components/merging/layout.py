@@ -7,6 +7,7 @@ from html import escape
 
 import gradio as gr
 
+from components import reports
 from components.form import form
 from components.state import Selection
 from components.studio import Studio
@@ -19,6 +20,7 @@ FAMILIES = {
     "Others": ("model_stock", "nearswap", "arcee_fusion", "passthrough"),
 }
 DTYPES = [("as the pivot", ""), *((name, name) for name in ("bfloat16", "float16", "float32"))]
+RULES = [("ratio", "ratio"), ("softmax (not the paper's)", "softmax")]
 VOCABULARIES = [("refuse different ones", ""), ("the pivot's", "pivot"), ("the pivot's, common rows merged", "common"),
                 ("union of all", "union")]
 PRECEDENCE = ("<p class='fs-hint'><b>Which value counts?</b> The last of: what the method does by itself → weights and options of "
@@ -35,6 +37,8 @@ class MergeTab:
     form: gr.HTML
     granularity: gr.Radio
     measure: gr.Radio
+    rule: gr.Radio
+    temperature: gr.Number
     glance: gr.HTML
     exclude: gr.Textbox
     stack: gr.Textbox
@@ -48,6 +52,7 @@ class MergeTab:
     save: gr.Button
     stop: gr.Button
     status: gr.HTML
+    report: reports.ReportBox
     recipe: gr.Code
     command: gr.Code
     paste: gr.Code
@@ -59,8 +64,8 @@ class MergeTab:
     @property
     def controls(self) -> list:
         """The plain controls, in the order of `setting.read`."""
-        return [self.method, self.granularity, self.measure, self.exclude, self.stack, self.seed, self.vocabulary, self.dtype,
-                self.donor]
+        return [self.method, self.granularity, self.measure, self.rule, self.temperature, self.exclude, self.stack, self.seed,
+                self.vocabulary, self.dtype, self.donor]
 
 
 def lay_out(studio: Studio, now: Selection) -> MergeTab:
@@ -69,7 +74,7 @@ def lay_out(studio: Studio, now: Selection) -> MergeTab:
         with gr.Column(scale=5, min_width=300):
             left = {**_method(), **_advanced(studio, now)}
         with gr.Column(scale=6, min_width=300):
-            return MergeTab(**left, **_actions(studio), **_recipe_boxes())
+            return MergeTab(**left, **_actions(studio), report=reports.lay_out(studio, now), **_recipe_boxes())
 
 
 def _method() -> dict:
@@ -82,9 +87,13 @@ def _method() -> dict:
                            info="The unit m that shares one weight. The paper's choice is the matrix.")
     measure = gr.Radio(list(MEASURES), value="square", label="Measure", elem_id="merge-measure",
                        info="Mean of Δ² or of |Δ| over a unit.")
+    with gr.Row():
+        rule = gr.Radio(RULES, value="ratio", label="Rule", elem_id="merge-rule", min_width=200,
+                        info="Ratio: v ÷ Σv, the paper's. Softmax: of v ÷ (T · largest v).")
+        temperature = gr.Number(1.0, minimum=0.001, label="T of the softmax", elem_id="temperature", min_width=110, visible=False)
     glance = gr.HTML("", elem_id="weights-glance", padding=False)
     return {"family": family, "method": method, "formula": formula, "form": fields, "granularity": granularity, "measure": measure,
-            "glance": glance}
+            "rule": rule, "temperature": temperature, "glance": glance}
 
 
 def _advanced(studio: Studio, now: Selection) -> dict:

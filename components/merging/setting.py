@@ -39,17 +39,17 @@ def bind(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Stat
     def show(now: Selection, wish: Settings):
         return _shown(studio, now, wish)
 
-    shown = [tab.family, tab.method, tab.formula, tab.form, tab.granularity, tab.measure, tab.glance, tab.exclude, tab.stack,
-             tab.stacked, tab.seed, tab.vocabulary, tab.dtype, tab.donor, tab.recipe, tab.command, tab.exported]
+    shown = [tab.family, tab.method, tab.formula, tab.form, tab.granularity, tab.measure, tab.rule, tab.temperature,
+             tab.glance, tab.exclude, tab.stack, tab.stacked, tab.seed, tab.vocabulary, tab.dtype, tab.donor, tab.recipe, tab.command, tab.exported]
     gr.on([page.load, selection.change, settings.change], show, [selection, settings], shown, trigger_mode="always_last", **_QUIET)
     _bind_loading(studio, selection, settings, tab)
     _bind_export(studio, selection, settings, tab)
 
 
 def _bind_controls(studio: Studio, selection: gr.State, settings: gr.State, tab: MergeTab) -> None:
-    def change(method, granularity, measure, exclude, stack, seed, vocabulary, dtype, donor, now: Selection, wish: Settings):
+    def change(*values) -> Settings:
         try:
-            return read(method, granularity, measure, exclude, stack, seed, vocabulary, dtype, donor, now, wish)
+            return read(*values)
         except FusionError as error:
             raise gr.Error(str(error)) from error
 
@@ -59,22 +59,25 @@ def _bind_controls(studio: Studio, selection: gr.State, settings: gr.State, tab:
         return wish if wish.method in FAMILIES[family] else wish.with_method(FAMILIES[family][0])
 
     inputs = [*tab.controls, selection, settings]
-    gr.on([tab.method.input, tab.granularity.input, tab.measure.input, tab.exclude.blur, tab.stack.blur, tab.seed.change,
+    gr.on([tab.method.input, tab.granularity.input, tab.measure.input, tab.rule.input,
+           tab.temperature.blur, tab.exclude.blur, tab.stack.blur, tab.seed.change,
            tab.vocabulary.input, tab.dtype.input, tab.donor.input], change, inputs, settings, trigger_mode="always_last", **_QUIET)
     tab.family.input(pick_family, [tab.family, settings], settings, **_QUIET)
 
 
-def read(method, granularity, measure, exclude, stack, seed, vocabulary, dtype, donor, now: Selection, wish: Settings) -> Settings:
+def read(method, granularity, measure, rule, temperature, exclude, stack, seed, vocabulary, dtype, donor, now: Selection,
+         wish: Settings) -> Settings:
     """Settings from the controls' values, which come from outside; the recipe checks what they mean."""
     if method not in METHODS:
         raise RecipeError(f"unknown method {str(method)[:40]!r}", todo="Pick one of the list.")
     patterns = tuple(dict.fromkeys(line.strip() for line in str(exclude or "").splitlines()[:200] if line.strip()))
+    warmth = float(temperature) if isinstance(temperature, (int, float)) and 0 < temperature < 1e6 else 1.0
     number = int(seed) if isinstance(seed, (int, float)) and not isinstance(seed, bool) and 0 <= seed < 2**53 else 0
-    changed = replace(wish.with_method(method), granularity=str(granularity), measure=str(measure), exclude=patterns, seed=number,
-                      vocabulary=str(vocabulary or ""), dtype=str(dtype or ""), donor=str(donor),
+    changed = replace(wish.with_method(method), granularity=str(granularity), measure=str(measure), rule=str(rule),
+                      temperature=warmth, exclude=patterns, seed=number, vocabulary=str(vocabulary or ""), dtype=str(dtype or ""), donor=str(donor),
                       slices=parse_stack(str(stack or ""), now.targets))
-    Recipe("pivot", ("target",), granularity=changed.granularity, measure=changed.measure, dtype=changed.dtype,
-           vocabulary=changed.vocabulary).check()
+    Recipe("pivot", ("target",), granularity=changed.granularity, measure=changed.measure, rule=changed.rule,
+           dtype=changed.dtype, vocabulary=changed.vocabulary).check()
     return changed
 
 
@@ -95,7 +98,8 @@ def _shown(studio: Studio, now: Selection, wish: Settings) -> list:
     titles = tuple(studio.title(key) for key in now.targets)
     return [family, gr.Radio(method_choices(family), value=wish.method), formula_card(wish.method), _form(studio, now, wish),
             gr.Radio(value=wish.granularity, visible=wish.measured), gr.Radio(value=wish.measure, visible=wish.measured),
-            _glance(studio, now, wish), "\n".join(wish.exclude), write_stack(wish.slices, now.targets),
+            gr.Radio(value=wish.rule, visible=wish.measured),
+            gr.Number(value=wish.temperature, visible=wish.measured and wish.rule == "softmax"), _glance(studio, now, wish), "\n".join(wish.exclude), write_stack(wish.slices, now.targets),
             picture(wish.slices, now.targets, titles), wish.seed, wish.vocabulary, wish.dtype,
             gr.Dropdown(donors(studio, now), value=wish.donor if wish.donor in now.targets else "pivot"), recipe, command,
             gr.Code(visible=False)]

@@ -6,7 +6,6 @@ import argparse
 import os
 
 from fusion.commands.console import print_json, show_progress
-from fusion.pairwise.recipe import FuseRecipe
 from fusion.progress import finish
 from fusion.tables import bytes_text, table
 
@@ -20,7 +19,8 @@ def add(command) -> None:
 
 
 def _fuse(options: argparse.Namespace) -> None:
-    from fusion.pairwise.stages import cost, plan, run
+    from fusion.pairwise import FuseRecipe, plan, run
+    from fusion.pairwise.stages import cost
 
     recipe = FuseRecipe.load(options.recipe)
     if options.plan:

@@ -8,15 +8,18 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fusion.commands.console import models, open_models, print_json, show_progress
-from fusion.compare import Comparison, Difference, compare, compare_recipes, recipe_of
 from fusion.errors import CheckpointError, RecipeError, nearest, printable
-from fusion.inspection import Inspection, Preview, check_granularity, inspect, preview
 from fusion.progress import finish
 from fusion.recipe import Recipe, load_stages
-from fusion.review import Review, review
 from fusion.tables import table
+
+if TYPE_CHECKING:
+    from fusion.compare import Comparison, Difference
+    from fusion.inspection import Inspection, Preview
+    from fusion.review import Review
 
 WIDTH = 100
 _SHOWN = 12  # rows of a table that is only an excerpt
@@ -53,6 +56,8 @@ def add(command) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from fusion.inspection import check_granularity, inspect, preview
+
     check_granularity(options.granularity)
     if options.sort is not None and options.sort not in SORTS:
         raise RecipeError(f"unknown order {options.sort!r}", where="--sort", todo=nearest(options.sort, SORTS))
@@ -170,6 +175,8 @@ def differences_text(title: str, found: Sequence[Difference]) -> str:
 
 
 def _review(options: argparse.Namespace) -> None:
+    from fusion.review import review
+
     report = finish(review(options.folder, options.parents, smoke=not options.no_smoke), show_progress(options.json))
     if options.json:
         print_json(report.to_dict())
@@ -181,6 +188,8 @@ def _review(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    from fusion.compare import compare, compare_recipes
+
     refs = (options.first, options.second)
     if not any(ref.endswith((".yaml", ".yml")) for ref in refs):
         report = finish(compare(*refs, options.pivot), show_progress(options.json))
@@ -198,6 +207,8 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _recipe(ref: str) -> tuple[Recipe, ...]:
     """The stages of a recipe file, or of the recipe that a merged folder keeps."""
+    from fusion.compare import recipe_of
+
     stages = load_stages(ref) if ref.endswith((".yaml", ".yml")) else recipe_of(Path(ref))
     if not stages:
         raise RecipeError("there is no recipe in this folder", where=ref, todo="Give two recipe files, or two folders.")
