@@ -40,7 +40,8 @@ def bind(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Stat
         return _shown(studio, now, wish)
 
     shown = [tab.family, tab.method, tab.formula, tab.form, tab.granularity, tab.measure, tab.rule, tab.temperature,
-             tab.glance, tab.exclude, tab.stack, tab.stacked, tab.seed, tab.vocabulary, tab.dtype, tab.donor, tab.recipe, tab.command, tab.exported]
+             tab.glance, tab.exclude, tab.stack, tab.stacked, tab.seed, tab.vocabulary, tab.dtype, tab.donor, tab.recipe,
+             tab.command, tab.exported]
     gr.on([page.load, selection.change, settings.change], show, [selection, settings], shown, trigger_mode="always_last", **_QUIET)
     _bind_loading(studio, selection, settings, tab)
     _bind_export(studio, selection, settings, tab)
@@ -74,7 +75,8 @@ def read(method, granularity, measure, rule, temperature, exclude, stack, seed, 
     warmth = float(temperature) if isinstance(temperature, (int, float)) and 0 < temperature < 1e6 else 1.0
     number = int(seed) if isinstance(seed, (int, float)) and not isinstance(seed, bool) and 0 <= seed < 2**53 else 0
     changed = replace(wish.with_method(method), granularity=str(granularity), measure=str(measure), rule=str(rule),
-                      temperature=warmth, exclude=patterns, seed=number, vocabulary=str(vocabulary or ""), dtype=str(dtype or ""), donor=str(donor),
+                      temperature=warmth, exclude=patterns, seed=number, vocabulary=str(vocabulary or ""),
+                      dtype=str(dtype or ""), donor=str(donor),
                       slices=parse_stack(str(stack or ""), now.targets))
     Recipe("pivot", ("target",), granularity=changed.granularity, measure=changed.measure, rule=changed.rule,
            dtype=changed.dtype, vocabulary=changed.vocabulary).check()
@@ -99,7 +101,8 @@ def _shown(studio: Studio, now: Selection, wish: Settings) -> list:
     return [family, gr.Radio(method_choices(family), value=wish.method), formula_card(wish.method), _form(studio, now, wish),
             gr.Radio(value=wish.granularity, visible=wish.measured), gr.Radio(value=wish.measure, visible=wish.measured),
             gr.Radio(value=wish.rule, visible=wish.measured),
-            gr.Number(value=wish.temperature, visible=wish.measured and wish.rule == "softmax"), _glance(studio, now, wish), "\n".join(wish.exclude), write_stack(wish.slices, now.targets),
+            gr.Number(value=wish.temperature, visible=wish.measured and wish.rule == "softmax"),
+            _glance(studio, now, wish), "\n".join(wish.exclude), write_stack(wish.slices, now.targets),
             picture(wish.slices, now.targets, titles), wish.seed, wish.vocabulary, wish.dtype,
             gr.Dropdown(donors(studio, now), value=wish.donor if wish.donor in now.targets else "pivot"), recipe, command,
             gr.Code(visible=False)]
