@@ -78,14 +78,20 @@ def nothing_is_left(folder: Path) -> bool:
 # ── kill −9 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 STEPWISE = """
-import sys
+import sys, threading
 from fusion.merge import merge
 from fusion.recipe import Recipe
+permits, module = threading.Semaphore(1), sys.modules["fusion.merge"]
+def paced(*args, real=module.merge_tensor):
+    permits.acquire()
+    return real(*args)
+module.merge_tensor = paced  # else its threads run ahead
 sources, out, granularity, shard_bytes, resume = sys.argv[1:]
 recipe = Recipe(f"{sources}/pivot", (f"{sources}/a", f"{sources}/b"), granularity=granularity)
 for progress in merge(recipe, out, max_shard_bytes=int(shard_bytes), resume=resume == "resume"):
     print(progress.stage, flush=True)
     sys.stdin.readline()
+    permits.release()
 """
 
 
