@@ -98,7 +98,8 @@ def test_a_pivot_called_pivot_may_be_a_target():
 
 @pytest.mark.parametrize(("tokenizer", "donor", "vocabulary"), [
     ("", "pivot", ""), ("tokenizer_source: base\n", "pivot", "pivot"), ("tokenizer_source: union\n", "pivot", "union"),
-    ("tokenizer: {source: p}\n", "pivot", "pivot"), ("tokenizer: {}\n", "pivot", ""), ("tokenizer_source: x/b\n", "b", ""),
+    ("tokenizer: {source: p}\n", "pivot", "pivot"), ("tokenizer: {}\n", "pivot", "union"),
+    ("tokenizer:\n", "pivot", ""), ("tokenizer_source: x/b\n", "b", ""),
     ("tokenizer: {pad_to_multiple_of: 8}\n", "pivot", "union")])
 def test_the_tokenizer_becomes_donor_and_vocabulary(tokenizer, donor, vocabulary):
     recipe = one(f"merge_method: ties\nbase_model: p\nmodels: [{{model: x/b, parameters: {{weight: 1}}}}]\n{tokenizer}")
@@ -213,6 +214,12 @@ def test_slices_that_are_the_whole_model_are_left_out(models):
            f"{{model: {models}/target-b, layer_range: [0, %s]}}]\n"
     assert one(text % (4, 4)).slices == ()
     assert one(text % (3, 3)).slices == (Slice({"target-a": (0, 3), "target-b": (0, 3)}),)
+
+
+def test_what_cannot_be_opened_is_said(models, tmp_path):
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    _, notes = import_text(f"merge_method: karcher\nmodels: [{{model: {tmp_path}}}, {{model: {models}/target-a}}]\n")
+    assert any(note.level == "warning" and "cannot be opened" in note.text for note in notes)
 
 
 def test_a_single_layer_stands_at_the_end_of_a_gradient(models):

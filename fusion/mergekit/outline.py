@@ -80,41 +80,38 @@ def spots(names: Sequence[str], document: Document, known: bool) -> Outline:
 def covers_all(document: Document, found: Outline) -> bool:
     """Whether the slices only say what `models:` would say: one slice with every layer of every model."""
     ends = {source.layers for part in document.slices for source in part.sources}
-    return found.known and len(document.slices) == 1 and ends == {(0, _count(found))} and _whole(document, found)
-
-
-def _whole(document: Document, found: Outline) -> bool:
-    path = (document.base or document.groups[0][0].model).path
-    return not Path(path).is_dir() or count_layers(_read(path) or ()) == _count(found)
-
-
-def _count(found: Outline) -> int:
-    return len({spot.layer for spot in found.spots if spot.layer is not None})
+    if not found.known or len(document.slices) != 1 or ends != {(0, len({spot.layer for spot in found.spots} - {None}))}:
+        return False
+    try:
+        return all((0, count_layers(_read(reference.text))) in ends for reference in document.references
+                   if Path(reference.path).is_dir())
+    except FusionError:
+        return False
 
 
 def _names(reference: Reference, document: Document, earlier: Mapping[str, Outline]) -> tuple[Sequence[str], list[Note]]:
     if reference.text in earlier:
-        return earlier[reference.text].names, [] if earlier[reference.text].known else [_assumed(reference, "is not known")]
+        before = earlier[reference.text]
+        return before.names, [] if before.known else [_assumed(reference, "was not opened")]
+    why = "is no folder here"
     if Path(reference.path).is_dir():
-        names = _read(reference.text)
-        if names:
-            return names, []
+        try:
+            return _read(reference.text), []
+        except FusionError as error:
+            why = f"cannot be opened ({error.found})"
     ends = [source.layers[1] for part in document.slices for source in part.sources if source.layers]
-    count = max(ends, default=_LAYERS)
-    inside = [f"{STACK}.{layer}.{its}.weight" for layer in range(count) for its in _INSIDE]
-    return ["model.embed_tokens.weight", *inside, "model.norm.weight", "lm_head.weight"], [_assumed(reference, "is no folder here")]
+    inside = [f"{STACK}.{layer}.{its}.weight" for layer in range(max(ends, default=_LAYERS)) for its in _INSIDE]
+    return ["model.embed_tokens.weight", *inside, "model.norm.weight", "lm_head.weight"], [_assumed(reference, why)]
 
 
 def _assumed(reference: Reference, why: str) -> Note:
-    return Note("info", reference.line, f"{reference.text} {why}, so its tensors are taken to be called as Llama's")
+    return Note("warning" if "cannot" in why else "info", reference.line,
+                f"{reference.text} {why}, so its tensors are taken to be called as Llama's")
 
 
 def _read(text: str) -> tuple[str, ...]:
-    """The names in a checkpoint's header; () when it cannot be opened, which the merge itself will explain."""
-    try:
-        model = open_checkpoint(text)
-    except FusionError:
-        return ()
+    """The names of the tensors that are merged, from the headers alone; CheckpointError when it cannot be opened."""
+    model = open_checkpoint(text)
     try:
         return tuple(mergeable_names(model))
     finally:

@@ -281,7 +281,7 @@ class _Reader:
         if "tokenizer_source" in table and not _empty(table["tokenizer_source"]):
             node = table["tokenizer_source"]
             return Tokenizer(_line(node), self.reference(node).text)
-        if "tokenizer" not in table or _empty(table["tokenizer"]):
+        if "tokenizer" not in table or table["tokenizer"].tag.endswith(":null"):
             return None
         node = table["tokenizer"]
         inside = self.table(node, "tokenizer", ("source", "tokens", "pad_to_multiple_of"))
