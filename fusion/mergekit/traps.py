@@ -92,7 +92,7 @@ def _small_changes(document: Document, form: Form) -> Iterator[Note]:
     if document.method == "sce":
         yield Note("warning", _line(document),
             "mergekit's sce weighs all models alike as soon as their changes are small (mean squares that sum to less than "
-            "1e-6, as after a light fine-tune); here the weights follow the changes at any size")
+            "1e-6, as after a light fine-tune); the paper's weights follow the changes at any size")
     if document.method.startswith("breadcrumbs"):
         yield Note("warning", _line(document),
             "mergekit up to 0.1.4 drops every change of a tensor when gamma × its elements is below 1 (norms; at gamma 0 every "
