@@ -4,18 +4,19 @@
 function fuseHeatmap(root, send) {
   'use strict';
 
-  const { el, exact, gradient, scientific, shade, short } = fuseScale;
+  const { el, exact, gradient, scientific, shade } = fuseScale;
+  const QUANTITIES = fuseQuantities;
 
   // ---------------------------------------------------------------- words
-  const QUANTITIES = { ratio: 'Ratio', variation: 'Log variation', weight: 'Weight' };
+  const titled = (closer) => Object.fromEntries(Object.entries(QUANTITIES).filter(([, its]) => Boolean(its.closer) === closer)
+    .map(([name, its]) => [name, its.title]));
   const SCALES = { shared: 'Shared scale', own: 'Own scale' };
-  const WORDS = { ratio: 'variation ratio', variation: 'variation', weight: 'merge weight' };
   const STORE = 'fusechat-heatmap';
 
   // ---------------------------------------------------------------- state
   let data = null;
   let structure = '';
-  let grids = []; // one per target and block: {t, b, node, at: [R + 1][C + 1] elements, cells: [elements], label heads}
+  let grids = []; // one per card and block: {k, t, b, node, at: [R + 1][C + 1] elements, cells: [elements]}; t = its target or -1
   let pending = null; // an edit that was sent and not yet answered
   let width = 0;
   const places = new WeakMap(); // element → {grid, r, c, i}; r or c = -1 in the headers, i = -1 there
@@ -31,58 +32,77 @@ function fuseHeatmap(root, send) {
     choice[name] = value;
     // Kept for the visit, so that a reload or a tab built anew shows the same.
     try { sessionStorage.setItem(STORE, JSON.stringify(choice)); } catch { /* a file opened from disk may have no storage */ }
-    paint();
+    draw();
   }
-  const quantity = () => choice.quantity || data.quantity;
+  const known = (name) => name in QUANTITIES && (!QUANTITIES[name].closer || Boolean(data.closer?.cards[name]));
+  const quantity = () => (known(choice.quantity) ? choice.quantity : data.quantity);
+  const its = () => QUANTITIES[quantity()];
   const scale = () => choice.scale || data.scale;
+  // The cards of the quantity that is shown, and the numbers on them; a target's own quantities have a card per target.
+  const shownCards = () => (its().closer ? data.closer.cards[quantity()] : data.targets.map((target, t) => (
+    { name: target.name, letters: target.letter, colors: [target.color], target: t, mean: target.mean[quantity()] })));
+  const numbers = (k, b) => (its().closer ? data.blocks[b].closer[quantity()][k] : data.blocks[b].values[k][quantity()]);
+  const weightless = () => quantity() === 'weight' && data.weightless;
 
   // ---------------------------------------------------------------- numbers and scales
-  function shown(t, b, i) {
-    const v = data.blocks[b].values[t][quantity()][i];
-    return v === null || quantity() !== 'variation' ? v : Math.log10(v); // 0, nothing changed, is -Infinity here
+  function shown(k, b, i) {
+    const v = numbers(k, b)[i];
+    return v === null || !its().log ? v : Math.log10(v); // 0, nothing changed, is -Infinity here
   }
-  function range(t) {
-    if (scale() === 'shared' && quantity() !== 'variation') return [0, 1];
-    const targets = scale() === 'shared' ? data.targets.map((_, k) => k) : [t];
+  function range(k) {
+    const { full, widens, diverging, from } = its();
     let [low, high] = [Infinity, -Infinity];
-    for (const k of targets) {
+    for (const other of scale() === 'shared' ? shownCards().keys() : [k]) {
       data.blocks.forEach((block, b) => block.name.forEach((_, i) => {
-        const v = shown(k, b, i);
+        const v = shown(other, b, i);
         if (v === null || v === -Infinity) return;
         low = Math.min(low, v);
         high = Math.max(high, v);
       }));
     }
-    return low <= high ? [low, high] : [0, 1];
+    if (scale() === 'shared' && full) return widens && low <= high ? [Math.min(full[0], low), Math.max(full[1], high)] : full;
+    if (low > high) return [0, 1];
+    if (diverging) return [-Math.max(-low, high), Math.max(-low, high)];
+    return from === undefined ? [low, high] : [from, Math.max(high, 0.001)];
   }
   function unit() {
-    if (quantity() === 'ratio') return 'share of all targets’ change';
-    if (quantity() === 'weight') return 'share of the target in the merge';
-    return `mean ${data.measure === 'square' ? 'square' : 'absolute'} change per parameter, log scale`;
+    const { preview } = data;
+    const sure = preview && quantity() === 'ratio' ? ` · estimated, ± ${exact(2 * preview.error)} at most` : preview ? ' · estimated' : '';
+    return its().unit(data) + sure;
   }
 
   // ---------------------------------------------------------------- the fixed parts
   const toolbar = el('div', 'hm-toolbar');
-  const hint = el('p', 'hm-hint', send
-    ? 'Hover or move with the arrow keys for exact numbers. Click or Enter changes a cell, a row or a column; L locks, R resets.'
-    : 'Hover or move with the arrow keys for exact numbers.');
+  const hint = el('p', 'hm-hint');
+  const notice = el('p', 'hm-empty');
   const cards = el('div', 'hm-cards');
   const key = el('div', 'hm-key');
   const empty = el('p', 'hm-empty', 'Pick a pivot and at least one target to see how far every matrix moved.');
   const live = el('div', 'hm-sr', undefined, { 'aria-live': 'polite', role: 'status' });
   const legend = el('div', 'hm-legend');
-  const radios = [segments('Quantity', 'quantity', QUANTITIES), segments('Colour scale', 'scale', SCALES)];
+  const group = `hm-quantity-${Math.random().toString(36).slice(2)}`;
+  const radios = [segments('Quantity', 'quantity', titled(false), group), segments('Closer look', 'quantity', titled(true), group),
+    segments('Colour scale', 'scale', SCALES)];
   toolbar.append(...radios.map((group) => group.node), legend);
-  const view = { data: () => data, grids: () => grids, places, where, chosen, editable: Boolean(send) };
+  const view = { data: () => data, grids: () => grids, places, where, chosen, editable };
   const tip = fuseTip(view);
   const editor = send && fuseEditor(view, request);
-  root.replaceChildren(empty, toolbar, hint, cards, key, tip.node, live, ...(editor ? [editor.node] : []));
+  root.replaceChildren(empty, toolbar, hint, notice, cards, key, tip.node, live, ...(editor ? [editor.node] : []));
   new ResizeObserver(() => { if (data && root.clientWidth && root.clientWidth !== width) fit(); }).observe(root);
 
-  function segments(label, name, options) {
+  function editable(grid) { return Boolean(send) && !data.preview && grid.t >= 0; }
+  function sayHow() {
+    const exactly = 'Hover or move with the arrow keys for exact numbers.';
+    const percent = data.preview && +(100 * data.preview.sampled).toPrecision(2);
+    if (data.preview) return `A preview: estimated from ${percent} % of the numbers. ± is twice the standard error; about 95 % of the exact ratios lie within.`;
+    if (!send) return exactly;
+    if (grids.some(editable)) return `${exactly} Click or Enter changes the weight of a cell, a row or a column; L locks, R resets.`;
+    return `${exactly} This belongs to several targets at once; weights are edited in the other views.`;
+  }
+
+  function segments(label, name, options, group = `hm-${name}-${Math.random().toString(36).slice(2)}`) {
     const node = el('fieldset', 'hm-segments');
     node.append(el('legend', 'hm-sr', label));
-    const group = `hm-${name}-${Math.random().toString(36).slice(2)}`;
     const inputs = Object.entries(options).map(([value, text]) => {
       const input = el('input', 'hm-sr', undefined, { type: 'radio', name: group, value });
       input.addEventListener('change', () => choose(name, value));
@@ -91,33 +111,40 @@ function fuseHeatmap(root, send) {
       node.append(box);
       return input;
     });
-    return { node, check: (value) => inputs.forEach((input) => { input.checked = input.value === value; }) };
+    return { node, check: (value) => inputs.forEach((input) => { input.checked = input.value === value; }),
+      offer: (test) => { // only what is known; without any, the box is gone
+        inputs.forEach((input) => { input.parentNode.hidden = !test(input.value); });
+        node.hidden = inputs.every((input) => input.parentNode.hidden);
+      } };
   }
 
   // ---------------------------------------------------------------- building the grids
   function build() {
     grids = [];
-    cards.replaceChildren(...data.targets.map((target, t) => {
-      const card = el('section', 'hm-card', undefined, { 'aria-label': `Target ${target.letter}: ${target.name}` });
+    cards.replaceChildren(...shownCards().map((its, k) => {
+      const said = its.target === null ? `${its.letters.split('').join(', ')}: ${its.name}` : `Target ${its.letters}: ${its.name}`;
+      const card = el('section', 'hm-card', undefined, { 'aria-label': said });
       const head = el('div', 'hm-head');
-      const dot = el('span', 'hm-dot', undefined, { 'aria-hidden': 'true' });
-      dot.style.backgroundColor = target.color;
-      head.append(dot, el('b', '', target.letter), el('span', 'hm-name', target.name, { title: target.name }),
-        el('small', 'hm-mean'));
-      card.append(head, el('div', 'hm-legend'), ...data.blocks.map((block, b) => buildBlock(t, b, block)));
+      its.colors.forEach((color, n) => {
+        const dot = el('span', 'hm-dot', undefined, { 'aria-hidden': 'true' });
+        dot.style.backgroundColor = color;
+        head.append(dot, el('b', '', its.letters[n]));
+      });
+      head.append(el('span', 'hm-name', its.name, { title: its.name }), el('small', 'hm-mean'));
+      card.append(head, el('div', 'hm-legend'), ...data.blocks.map((block, b) => buildBlock(k, its.target ?? -1, b, block)));
       return card;
     }));
     for (const grid of grids) grid.node.querySelector('[role=gridcell][tabindex]')?.setAttribute('tabindex', '0');
   }
 
-  function buildBlock(t, b, block) {
+  function buildBlock(k, t, b, block) {
     const caption = el('div', 'hm-caption');
     caption.append(el('span', '', block.title));
     if (block.layers) caption.append(el('span', 'hm-count', `${block.rows.length} ${block.rows.length === 1 ? 'layer' : 'layers'}`));
     const node = el('div', 'hm-grid', undefined, { role: 'grid' });
     if (!send) node.setAttribute('aria-readonly', 'true');
     const at = [-1, ...block.rows].map(() => [-1, ...block.columns].map(() => null));
-    const grid = { t, b, node, at, cells: [], tracks: tracks(block) };
+    const grid = { k, t, b, node, at, cells: [], tracks: tracks(block) };
     grids.push(grid);
     node.append(...headerRows(grid, block), ...block.rows.map((label, r) => buildRow(grid, block, label, r)));
     const box = el('div', 'hm-scroll');
@@ -180,7 +207,7 @@ function fuseHeatmap(root, send) {
     block.row.forEach((at, i) => { if (at === r) index.set(block.column[i], i); });
     block.columns.forEach((_, c) => {
       const i = index.get(c);
-      const there = i !== undefined && block.values[grid.t].present[i];
+      const there = i !== undefined && (grid.t < 0 ? block.values.some((values) => values.present[i]) : block.values[grid.t].present[i]);
       const cell = el('div', there ? 'hm-cell' : 'hm-cell hm-missing', undefined, { role: 'gridcell' });
       if (there) grid.cells[i] = place(grid, cell, r, c, i);
       else cell.setAttribute('aria-label', `${where(grid, r, c)}: not in this layer`);
@@ -203,33 +230,38 @@ function fuseHeatmap(root, send) {
   // ---------------------------------------------------------------- painting: colours, numbers, labels; never the structure
   function paint() {
     radios[0].check(quantity());
-    radios[1].check(scale());
-    data.targets.forEach((target, t) => {
-      const mean = target.mean[quantity()];
-      const text = quantity() === 'variation' ? scientific(mean) : exact(mean);
-      cards.children[t].querySelector('.hm-mean').textContent = `mean ${text}`;
-      drawLegend(cards.children[t].querySelector('.hm-legend'), scale() === 'own' ? range(t) : null);
+    radios[1].check(quantity());
+    radios[1].offer(known);
+    radios[2].check(scale());
+    const ranges = shownCards().map((card, k) => {
+      const write = its().head || ((v) => `mean ${its().write(v)}`);
+      cards.children[k].querySelector('.hm-mean').textContent = write(card.mean);
+      drawLegend(cards.children[k].querySelector('.hm-legend'), scale() === 'own' ? range(k) : null);
+      return range(k);
     });
-    drawLegend(legend, scale() === 'shared' ? range(0) : null);
-    const ranges = data.targets.map((_, t) => range(t));
-    for (const grid of grids) paintGrid(grid, ranges[grid.t]);
+    drawLegend(legend, scale() === 'shared' && !weightless() ? ranges[0] : null);
+    for (const grid of grids) paintGrid(grid, ranges[grid.k]);
+    notice.textContent = weightless() || '';
+    notice.hidden = !weightless();
+    cards.hidden = key.hidden = hint.hidden = Boolean(weightless());
+    hint.textContent = sayHow();
     drawKey();
     fit();
   }
 
   function paintGrid(grid, span) {
-    const { t, b, node } = grid;
+    const { k, t, b, node } = grid;
     const block = data.blocks[b];
-    const { letter, name } = data.targets[t];
-    node.setAttribute('aria-label', `Target ${letter}, ${name}, ${block.title}: ${WORDS[quantity()]}`);
+    const { letters, name } = shownCards()[k];
+    node.setAttribute('aria-label', `${t < 0 ? '' : 'Target '}${letters}, ${name}, ${block.title}: ${its().word}`);
     grid.cells.forEach((cell, i) => {
-      const v = shown(t, b, i);
-      const fixed = Boolean(block.values[t].fixed[i]);
-      const { fill, ink } = v === null ? { fill: 'transparent', ink: '' } : shade(v, span);
+      const v = shown(k, b, i);
+      const fixed = t >= 0 && Boolean(block.values[t].fixed[i]);
+      const { fill, ink } = v === null ? { fill: 'transparent', ink: '' } : shade(v, span, its().diverging);
       cell.style.setProperty('--hm-fill', fill);
       cell.style.color = ink;
-      cell.dataset.number = v === null || block.excluded[i] ? '' : short(v, quantity()); // drawn by CSS: the label already says it exactly
-      cell.className = `hm-cell${v === null ? ' hm-missing' : ''}${fixed ? ' hm-fixed' : ''}`
+      cell.dataset.number = v === null || block.excluded[i] ? '' : its().short(its().unlog ? numbers(k, b)[i] : v); // drawn by CSS: the label already says it exactly
+      cell.className = `hm-cell${v === null ? ' hm-missing hm-undefined' : ''}${fixed ? ' hm-fixed' : ''}`
         + `${block.excluded[i] ? ' hm-excluded' : ''}`;
       cell.setAttribute('aria-label', describe(grid, i));
     });
@@ -240,11 +272,16 @@ function fuseHeatmap(root, send) {
 
   function describe(grid, i) {
     const block = data.blocks[grid.b];
-    const values = block.values[grid.t];
-    const notes = [values.fixed[i] ? 'fixed' : '', block.excluded[i] ? 'kept from pivot' : ''].filter(Boolean);
-    return [where(grid, block.row[i], block.column[i]) + ':', `ratio ${exact(values.ratio[i])},`,
-      `variation ${scientific(values.variation[i])},`, `weight ${exact(values.weight[i])}`,
-      notes.map((note) => `, ${note}`).join('')].join(' ').replace(' ,', ',').trim();
+    const here = [];
+    if (its().closer) here.push(`${its().word} ${its().write(numbers(grid.k, grid.b)[i])}`);
+    if (grid.t >= 0) {
+      const values = block.values[grid.t];
+      const give = values.error ? ` ± ${exact(2 * values.error[i])}` : '';
+      here.push(`ratio ${exact(values.ratio[i])}${give}`, `variation ${scientific(values.variation[i])}`, `weight ${exact(values.weight[i])}`);
+      if (values.fixed[i]) here.push('fixed');
+    }
+    if (block.excluded[i]) here.push('kept from pivot');
+    return `${where(grid, block.row[i], block.column[i])}: ${here.join(', ')}`;
   }
 
   function drawLegend(node, span) {
@@ -253,11 +290,12 @@ function fuseHeatmap(root, send) {
     const steps = span[0] === span[1] ? [0] : span[0] === 0 && span[1] === 1 ? [0, 0.25, 0.5, 0.75, 1] : [0, 0.5, 1];
     const texts = steps.map((step) => {
       const v = span[0] + step * (span[1] - span[0]);
-      return quantity() === 'variation' ? (10 ** v).toExponential(1) : String(+v.toPrecision(3));
+      const tick = its().tick || ((number) => String(+number.toPrecision(3)).replace('-', '−'));
+      return tick(its().log ? 10 ** v : v);
     });
     const label = `Colour scale, ${unit()}, from ${texts[0]} to ${texts[texts.length - 1]}`;
     const bar = el('div', 'hm-bar', undefined, { role: 'img', 'aria-label': label });
-    bar.style.backgroundImage = gradient;
+    bar.style.backgroundImage = gradient(its().diverging);
     const ticks = el('div', 'hm-ticks', undefined, { 'aria-hidden': 'true' });
     ticks.append(...texts.map((text) => el('span', '', text)));
     const scaleBar = el('div', 'hm-ruler');
@@ -268,9 +306,10 @@ function fuseHeatmap(root, send) {
   function drawKey() {
     const any = (test) => grids.some((grid) => test(data.blocks[grid.b], data.blocks[grid.b].values[grid.t]));
     const signs = [
-      ['hm-fixed', 'fixed by you', any((_, values) => values.fixed.includes(1))],
+      ['hm-fixed', 'fixed by you', any((_, values) => values?.fixed.includes(1))],
       ['hm-excluded', 'kept from pivot', any((block) => block.excluded.includes(1))],
-      ['hm-missing', 'not in this layer', Boolean(cards.querySelector('.hm-missing'))],
+      ['hm-missing', 'not in this layer', Boolean(cards.querySelector('.hm-missing:not(.hm-undefined)'))],
+      ['hm-missing hm-undefined', 'undefined: nothing changed here', Boolean(cards.querySelector('.hm-undefined'))],
     ];
     key.replaceChildren(...signs.filter(([, , there]) => there).map(([name, text]) => {
       const item = el('span', 'hm-sign');
@@ -293,9 +332,9 @@ function fuseHeatmap(root, send) {
     const rows = Math.max(1, ...tables.map((block) => block.rows.length));
     const roomy = rows <= 16;
     const least = HEAD + PADDING + most * ((roomy ? 32 : 20) + 2) + 2 * GAP;
-    let across = Math.max(1, Math.min(Math.floor((width + 14) / (least + 14)), data.targets.length));
+    let across = Math.max(1, Math.min(Math.floor((width + 14) / (least + 14)), shownCards().length));
     // Four are compared two by two when there is no room for all beside each other.
-    if (across === 3 && data.targets.length === 4) across = 2;
+    if (across === 3 && shownCards().length === 4) across = 2;
     cards.style.gridTemplateColumns = `repeat(${across}, minmax(0, 1fr))`;
     const inner = (width - 14 * (across - 1)) / across - PADDING;
     const height = rows <= 8 ? 36 : roomy ? 26 : rows <= 48 ? 20 : 15;
@@ -315,7 +354,7 @@ function fuseHeatmap(root, send) {
     grid.node.style.gridTemplateColumns = lines.join(' ');
     const longest = Math.max(...columns.flatMap(({ label }) => pieces(label)).map((text) => ruler.measureText(text).width));
     grid.node.classList.toggle('hm-upright', layers && longest > size + 1);
-    grid.node.classList.toggle('hm-numbers', size >= (quantity() === 'variation' ? 26 : 20) && height >= 18);
+    grid.node.classList.toggle('hm-numbers', size >= (its().full && !its().diverging && !its().closer ? 20 : 26) && height >= 18);
   }
 
   // ---------------------------------------------------------------- editing
@@ -328,7 +367,7 @@ function fuseHeatmap(root, send) {
 
   function request(at, action, weight) {
     const { grid, r, c } = at;
-    if (!send) return;
+    if (!editable(grid)) return;
     if (!chosen(grid, r, c).length) {
       live.textContent = `${where(grid, r, c)}: kept from pivot, nothing to edit`;
       return;
@@ -361,7 +400,7 @@ function fuseHeatmap(root, send) {
     tip.hide();
     rove(node);
     node.focus({ preventScroll: true });
-    if (editor) editor.open(places.get(node));
+    if (editor && editable(places.get(node).grid)) editor.open(places.get(node));
     else tip.show(node);
   }
   function step({ grid, r, c }, dr, dc) {
@@ -411,8 +450,12 @@ function fuseHeatmap(root, send) {
     data = value && value.targets?.length && value.blocks?.length ? value : null;
     empty.hidden = Boolean(data);
     for (const node of [toolbar, hint, cards, key]) node.hidden = !data;
-    if (!data) { tip.hide(); cards.replaceChildren(); structure = ''; return; }
-    const shape = JSON.stringify([data.targets.map(({ name, letter, color }) => [name, letter, color]),
+    if (!data) { tip.hide(); cards.replaceChildren(); notice.hidden = true; structure = ''; return; }
+    draw();
+    announce();
+  }
+  function draw() {
+    const shape = JSON.stringify([shownCards().map(({ name, letters, colors, target }) => [name, letters, colors, target]),
       data.blocks.map((block) => [block.title, block.rows, block.columns, block.row, block.column,
         block.values.map((values) => values.present)])]);
     if (shape !== structure) {
@@ -423,7 +466,6 @@ function fuseHeatmap(root, send) {
     }
     paint();
     tip.again();
-    announce();
   }
   return { update };
 }

@@ -6,14 +6,16 @@ const fuseScale = (() => {
   const channels = (hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16));
   const luminance = (rgb) => rgb.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const SHADES = Array.from({ length: 256 }, (_, i) => {
-    const at = (i / 255) * (VIRIDIS.length - 1);
-    const low = Math.min(Math.floor(at), VIRIDIS.length - 2);
-    const [a, b] = [channels(VIRIDIS[low]), channels(VIRIDIS[low + 1])];
+  const OPPOSED = ['b35806', 'e08214', 'fdb863', 'fee0b6', 'f7f7f7', 'd1e5f0', '92c5de', '4393c3', '2166ac']; // signed: orange, white, blue
+  const shades = (stops) => Array.from({ length: 256 }, (_, i) => {
+    const at = (i / 255) * (stops.length - 1);
+    const low = Math.min(Math.floor(at), stops.length - 2);
+    const [a, b] = [channels(stops[low]), channels(stops[low + 1])];
     const rgb = a.map((v, k) => Math.round(v + (b[k] - v) * (at - low)));
     // Whichever of black and white stands out more has at least 4.5:1 on any colour.
     return { fill: `rgb(${rgb.join(',')})`, ink: luminance(rgb) > 0.179 ? '#000' : '#fff' };
   });
+  const [SHADES, SIGNED] = [shades(VIRIDIS), shades(OPPOSED)];
 
   const exact = (v) => (v === null ? '–' : v !== 0 && Math.abs(v) < 0.001 ? v.toExponential(4) : String(+v.toPrecision(5)));
   const scientific = (v) => (v === null ? '–' : v === 0 ? '0' : v.toExponential(4));
@@ -23,9 +25,9 @@ const fuseScale = (() => {
   };
 
   // Where v stands in the span [low, high], as a fill and an ink; -Infinity, nothing changed, is the lowest colour.
-  function shade(v, [low, high]) {
+  function shade(v, [low, high], diverging) {
     const position = v === -Infinity ? 0 : high > low ? (v - low) / (high - low) : 0.5;
-    return SHADES[Math.round(255 * Math.min(1, Math.max(0, position)))];
+    return (diverging ? SIGNED : SHADES)[Math.round(255 * Math.min(1, Math.max(0, position)))];
   }
 
   function el(tag, className, text, attributes) {
@@ -37,6 +39,6 @@ const fuseScale = (() => {
   }
 
   const ink = (hex) => (luminance(channels(hex.slice(1))) > 0.179 ? '#000' : '#fff');
-  const gradient = `linear-gradient(to right,${VIRIDIS.map((hex) => `#${hex}`).join(',')})`;
+  const gradient = (diverging) => `linear-gradient(to right,${(diverging ? OPPOSED : VIRIDIS).map((hex) => `#${hex}`).join(',')})`;
   return { el, exact, gradient, ink, scientific, shade, short };
 })();

@@ -2,7 +2,7 @@
 // fuseHeatmap shares with its parts: {data(), grids(), places, where, chosen, editable}. Returns {node, show, hide, again}.
 function fuseTip(view) {
   'use strict';
-  const { el, exact, scientific } = fuseScale;
+  const { el, exact } = fuseScale;
   const node = el('div', 'hm-tip', undefined, { role: 'tooltip', popover: 'manual' });
   let tipped = null;
 
@@ -46,37 +46,55 @@ function fuseTip(view) {
     }
   }
 
+  // One row for each quantity that is known, one column for each target.
   function cellTip({ grid, i }) {
     const data = view.data();
     const block = data.blocks[grid.b];
     const experts = block.count[i] > 1;
     const facts = `${block.shape[i]}${experts ? `, ${block.count[i]} of them` : ''} · per ${data.granularity}`;
-    const table = el('table');
     const head = el('tr');
-    head.append(...['', 'ratio', 'variation', 'weight'].map((text) => el('th', '', text)));
-    table.append(head, ...data.targets.map((target, t) => {
-      const values = block.values[t];
-      const row = el('tr', t === grid.t ? 'hm-this' : '');
-      const name = el('th');
+    head.append(el('th'), ...data.targets.map((target, t) => {
+      const name = el('th', t === grid.t ? 'hm-this' : '');
       const dot = el('span', 'hm-dot');
       dot.style.backgroundColor = target.color;
       name.append(dot, `${target.letter} `, el('span', 'hm-who', target.name));
-      row.append(name, el('td', '', exact(values.ratio[i])), el('td', '', scientific(values.variation[i])),
-        el('td', '', exact(values.weight[i]) + (values.fixed[i] ? ' fixed' : '')));
+      return name;
+    }));
+    const table = el('table');
+    table.append(head, ...Object.entries(fuseQuantities).filter(([name, its]) => !its.closer || perTarget(name)).map(([name, its]) => {
+      const row = el('tr');
+      row.append(el('th', '', its.closer ? its.title.toLowerCase() : name), ...data.targets.map((_, t) => {
+        const values = block.values[t];
+        const v = its.closer ? block.closer[name][t][i] : values[name][i];
+        const more = name === 'weight' && values.fixed[i] ? ' fixed' : name === 'ratio' && values.error ? ` ± ${exact(2 * values.error[i])}` : '';
+        return el('td', t === grid.t ? 'hm-this' : '', its.write(v) + more);
+      }));
       return row;
     }));
-    const notes = [];
+    const notes = together(block, i);
     if (experts) notes.push(`Mean of ${block.count[i]} matrices; an edit applies to all of them.`);
     if (block.excluded[i]) notes.push('Kept from pivot: not merged.');
     return [el('div', 'hm-tensor', block.name[i]), el('div', 'hm-facts', facts), table,
       ...notes.map((note) => el('div', 'hm-note', note))];
   }
+  const perTarget = (name) => view.data().closer?.cards[name]?.some((card) => card.target !== null);
+
+  // What belongs to several targets at once, in words.
+  function together(block, i) {
+    const cards = view.data().closer?.cards || {};
+    return ['lost', 'cosine', 'conflict'].flatMap((name) => (cards[name] || []).flatMap((card, k) => {
+      if (card.target !== null) return [];
+      const whose = name === 'cosine' ? `cosine ${card.letters[0]}·${card.letters[1]}` : name === 'lost' ? 'rounding loss of their average' : 'sign conflict';
+      return [`${whose} ${fuseQuantities[name].write(block.closer[name][k][i])}`];
+    }));
+  }
 
   function headTip({ grid, r, c }) {
     const { length } = view.chosen(grid, r, c);
-    const facts = `${length} ${length === 1 ? 'cell' : 'cells'} of target ${view.data().targets[grid.t].letter}`;
+    const cells = `${length} ${length === 1 ? 'cell' : 'cells'}`;
+    const facts = grid.t < 0 ? cells : `${cells} of target ${view.data().targets[grid.t].letter}`;
     return [el('div', 'hm-tensor', view.where(grid, r, c)),
-      el('div', 'hm-facts', view.editable ? `${facts} · click to edit them together` : facts)];
+      el('div', 'hm-facts', view.editable(grid) ? `${facts} · click to edit them together` : facts)];
   }
 
   return { node, show, hide, again: () => tipped && show(tipped) };

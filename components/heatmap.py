@@ -19,6 +19,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 
+from components.closer import Closer
 from components.state import COLORS, LETTERS
 from fusion.anatomy import Place, place
 from fusion.errors import RecipeError
@@ -29,7 +30,7 @@ ACTIONS = ("set", "lock", "reset")
 MAX_COLUMNS = 24  # beyond this, experts of one matrix share a column
 
 _ASSETS = Path(__file__).parents[1] / "assets"
-_SCRIPTS = ("heatmap_scale.js", "heatmap_tip.js", "heatmap_editor.js", "heatmap.js")
+_SCRIPTS = ("heatmap_scale.js", "heatmap_quantities.js", "heatmap_tip.js", "heatmap_editor.js", "heatmap.js")
 _KIND_ORDER = {"attention": 0, "mlp": 1, "embedding": 2, "other": 3, "head": 4, "norm": 5}
 _READING_ORDER = ("q_", "k_", "v_", "o_", "gate", "up_", "down_")
 _EXPERT = re.compile(r"(expert\w*\.)\d+(?=\.|$)")
@@ -54,6 +55,10 @@ class Grid:
     excluded: np.ndarray  # bool [T]: kept from the pivot
     granularity: str = "matrix"
     measure: str = "square"
+    closer: Closer | None = None  # what a closer look found, at this granularity
+    error: np.ndarray | None = None  # standard errors of the ratios while they are estimated from a sample
+    sampled: float = 1.0  # share of all elements that was read for them
+    weightless: str = ""  # why there are no weights
 
     def sizes(self) -> np.ndarray:
         """The number of parameters of every tensor: float [T]."""
@@ -153,7 +158,7 @@ def payload(grid: Grid, quantity: str = "ratio", scale: str = "shared") -> dict:
                 "mean": {q: _mean(getattr(grid, q)[:, j], sizes, everything) for q in QUANTITIES}}
                for j, name in enumerate(grid.targets)]
     return {"quantity": quantity, "scale": scale, "granularity": grid.granularity, "measure": grid.measure,
-            "targets": targets,
+            "targets": targets, "weightless": grid.weightless, "preview": _preview(grid), "closer": _closer(grid.closer),
             "blocks": [_block_payload(grid, block, sizes, present) for block in layout(grid.tensors)]}
 
 
@@ -162,13 +167,33 @@ def _block_payload(grid: Grid, block: Block, sizes: np.ndarray, present: np.ndar
     names = [grid.tensors[c[0]] if len(c) == 1 else _EXPERT.sub(r"\1*", grid.tensors[c[0]]) for c in cells]
     values = [{**{q: [_mean(getattr(grid, q)[:, j], sizes, c) for c in cells] for q in QUANTITIES},
                "fixed": [int(grid.fixed[list(c), j].any()) for c in cells],
-               "present": [int(present[list(c), j].any()) for c in cells]} for j in range(len(grid.targets))]
+               "present": [int(present[list(c), j].any()) for c in cells],
+               "error": None if grid.error is None else [_mean(grid.error[:, j], sizes, c) for c in cells]}
+              for j in range(len(grid.targets))]
+    closer = {} if grid.closer is None else {
+        quantity: [[_mean(card.values, sizes, c) for c in cells] for card in its] for quantity, its in grid.closer.cards.items()}
     return {"title": block.title, "layers": block.layers, "rows": list(block.rows),
             "columns": [{"group": group, "label": label} for group, label in block.columns],
             "row": [row for row, _ in block.cells], "column": [column for _, column in block.cells],
             "name": names, "shape": [" × ".join(map(str, grid.shapes[c[0]])) or "scalar" for c in cells],
             "count": [len(c) for c in cells], "excluded": [int(grid.excluded[list(c)].all()) for c in cells],
-            "values": values}
+            "values": values, "closer": closer}
+
+
+def _preview(grid: Grid) -> dict | None:
+    """How much of the models an estimate has seen, and how far its worst ratio may be off."""
+    if grid.error is None:
+        return None
+    return {"sampled": float(f"{grid.sampled:.3g}"), "error": float(f"{np.nanmax(grid.error, initial=0.0):.3g}")}
+
+
+def _closer(closer: Closer | None) -> dict | None:
+    if closer is None:
+        return None
+    return {"dtype": closer.dtype, "cards": {
+        quantity: [{"name": card.title, "letters": card.letters, "colors": list(card.colors), "target": card.target,
+                    "mean": float(f"{card.whole:.5g}") if math.isfinite(card.whole) else None} for card in cards]
+        for quantity, cards in closer.cards.items()}}
 
 
 def _mean(column: np.ndarray, sizes: np.ndarray, indices: Iterable[int]) -> float | None:
@@ -244,41 +269,5 @@ def standalone_html(grid: Grid, quantity: str = "ratio", scale: str = "shared", 
     parts = {"TITLE": escape(title), "CSS": (_ASSETS / "heatmap.css").read_text(encoding="utf-8"), "RECIPE": recipe,
              "JS": _script(), "DATA": data}
     # One pass over the page, so that a title or recipe that spells a placeholder stays as it is.
-    return re.sub(r"@@([A-Z]+)@@", lambda match: parts[match[1]], _PAGE)
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline';
- script-src 'unsafe-inline'">
-<title>@@TITLE@@</title>
-<style>
-:root { color-scheme: light dark; --body-background-fill: #f8fafc; --body-text-color: #1e293b;
-  --body-text-color-subdued: #475569; --block-background-fill: #fff; --background-fill-secondary: #f1f5f9;
-  --border-color-primary: #e2e8f0; --color-accent: #4f46e5; --input-background-fill: #fff;
-  --font: ui-sans-serif, system-ui, sans-serif; --font-mono: ui-monospace, monospace; }
-@media (prefers-color-scheme: dark) { :root { --body-background-fill: #020617; --body-text-color: #f1f5f9;
-  --body-text-color-subdued: #94a3b8; --block-background-fill: #0f172a; --background-fill-secondary: #1e293b;
-  --border-color-primary: #334155; --color-accent: #818cf8; --input-background-fill: #020617; } }
-body { margin: 0; background: var(--body-background-fill); color: var(--body-text-color); font-family: var(--font); }
-main { max-width: 1360px; margin-inline: auto; padding: 24px 16px; }
-h1 { font-size: 24px; letter-spacing: -.02em; margin: 0 0 16px; overflow-wrap: anywhere; }
-details { margin-top: 20px; } summary { cursor: pointer; font-weight: 600; }
-pre { overflow-x: auto; font: 13px/1.5 var(--font-mono); padding: 12px; border: 1px solid var(--border-color-primary);
-  border-radius: 8px; background: var(--block-background-fill); }
-@@CSS@@
-</style>
-</head>
-<body>
-<main><h1>@@TITLE@@</h1><div class="hm"></div>@@RECIPE@@</main>
-<script type="application/json" id="heatmap-data">@@DATA@@</script>
-<script>
-@@JS@@
-fuseHeatmap(document.querySelector('.hm'), null).update(JSON.parse(document.getElementById('heatmap-data').textContent));
-</script>
-</body>
-</html>
-"""
+    page = (_ASSETS / "heatmap_page.html").read_text(encoding="utf-8")
+    return re.sub(r"@@([A-Z]+)@@", lambda match: parts[match[1]], page)

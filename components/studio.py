@@ -35,7 +35,7 @@ from fusion import (
     preflight,
 )
 from fusion.errors import nearest
-from fusion.live import LiveMerge, chat_model
+from fusion.live import LiveMerge, LiveResult, chat_model
 from fusion.progress import Work, finish
 from fusion.recipe import Slice, short_names
 from fusion.tables import bytes_text
@@ -269,6 +269,11 @@ class Studio:
         recipe, title = self._recipes[key]
         with self._merging:
             return chat_model(finish(self._live.update(recipe)), title)
+
+    def live(self, key: str) -> Work[LiveResult]:
+        """The tensors of a merge in memory, made again where they are gone; yields Progress."""
+        with self._merging:
+            return (yield from self._live.update(self._recipes[key][0]))
 
     def output_folder(self, name: str) -> Path:
         """Where a saved merge of this name goes; RecipeError for a name that is no plain name, OutputError if it exists."""

@@ -11,19 +11,29 @@ from dataclasses import dataclass, replace
 import gradio as gr
 import numpy as np
 import pandas as pd
+from gradio.events import Dependency
 from gradio.processing_utils import save_bytes_to_cache
 
 from components import figures
+from components.closer import closer_look, red_flags
 from components.heatmap import Grid, heatmap, parse_edit, payload, standalone_html
+from components.inspecting import Looks
 from components.models import at_a_glance
 from components.state import Selection, Settings
-from components.status import bar, error_note
+from components.status import bar, error_note, note
 from components.studio import Studio
 from fusion import GRANULARITIES, MEASURES, METHODS, FusionError, RecipeError, Variation, effective_weights
+from fusion.inspection import Inspection, Preview
+from fusion.progress import Work
 from fusion.weights import WeightPlan, give_weight
 
 GRANULARITY_HINT = "The unit that shares one weight; its change is pooled over all its elements."
 MEASURE_HINT = "Mean of Δ² (the paper's) or of |Δ| over a unit."
+
+
+HEAD = ("tensor", "shape", "target", "variation", "ratio", "weight", "state")
+_CLOSER_HEAD = {"relative": "relative change", "stable_rank": "stable rank", "lost": "rounding loss"}
+_QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True)
@@ -32,14 +42,23 @@ class VariationTab:
 
     granularity: gr.Radio
     measure: gr.Radio
-    reset: gr.Button
     status: gr.HTML
+    stop: gr.Button
+    flags: gr.HTML
     heat: gr.HTML
+    ask: gr.Button
+    closer: gr.Button
+    reset: gr.Button
+    downloads: list[gr.DownloadButton]
     depth: gr.Plot
     share: gr.Plot
-    glance: gr.HTML
     table: gr.Dataframe
-    downloads: list[gr.DownloadButton]
+    glance: gr.HTML
+
+    @property
+    def shown(self) -> list:
+        """What `_look` yields."""
+        return [self.status, self.stop, self.flags, self.heat, self.ask, self.closer, self.reset]
 
 
 def build(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.State,
@@ -51,9 +70,14 @@ def build(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Sta
         measure = gr.Radio(list(MEASURES), value="square", label="Measure", info=MEASURE_HINT, elem_id="measure", scale=2,
                            min_width=220)
     status = gr.HTML("", elem_id="variation-status", visible=False)
+    stop = gr.Button("Stop", variant="stop", size="sm", visible=False, elem_id="variation-stop", scale=0, min_width=120)
+    flags = gr.HTML("", elem_id="variation-flags", visible=False)
     heat = heatmap(elem_id="heatmap")
     with gr.Row(elem_id="variation-tools"):
-        ask = gr.Button("Measure these models", variant="primary", visible=False, elem_id="measure-now", scale=0, min_width=200)
+        ask = gr.Button("Measure exactly", variant="primary", size="sm", visible=False, elem_id="measure-now", scale=0,
+                        min_width=160)
+        closer = gr.Button("Look closer", variant="primary", size="sm", visible=False, elem_id="look-closer", scale=0,
+                           min_width=140)
         reset = gr.Button("Reset all edits", size="sm", interactive=False, elem_id="reset-edits", scale=0, min_width=130)
         downloads = [gr.DownloadButton(f"Download {kind}", size="sm", interactive=False, scale=0, min_width=140,
                                        elem_id=f"download-{kind.lower()}") for kind in ("CSV", "JSON", "HTML")]
@@ -63,25 +87,20 @@ def build(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Sta
     with gr.Accordion("Every number in a table", open=False, elem_id="variation-table-box"):
         table = gr.Dataframe(elem_id="variation-table", interactive=False, show_search="filter", max_height=420, label="Weights",
                              show_label=False, wrap=True)
-    tab = VariationTab(granularity, measure, reset, status, heat, depth, share, glance, table, downloads)
-    _bind(studio, page, selection, settings, tab, ask)
+    tab = VariationTab(granularity, measure, status, stop, flags, heat, ask, closer, reset, downloads, depth, share, table, glance)
+    _bind(studio, page, selection, settings, tab)
     return tab
 
 
-def _bind(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.State, tab: VariationTab,
-          ask: gr.Button) -> None:
-    shown = [tab.status, ask, tab.heat, tab.reset]
+def _bind(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.State, tab: VariationTab) -> None:
+    looks, found = Looks(studio), gr.State(0)  # `found` counts looks that ended: each shows the tab anew
     details = [tab.glance, tab.depth, tab.share, tab.table, *tab.downloads]
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
 
     def look(now: Selection, wish: Settings) -> Iterator[list]:
-        yield from _look(studio, now, wish, asked=False)
-
-    def measure_now(now: Selection, wish: Settings) -> Iterator[list]:
-        yield from _look(studio, now, wish, asked=True)
+        yield from _look(studio, looks, now, wish)
 
     def detail(now: Selection, wish: Settings) -> list:
-        grid = grid_of(studio, now, wish)
+        grid = grid_of(studio, now, wish, looks)
         if grid is None:
             return ["", None, None, None, *(gr.DownloadButton(value=None, interactive=False) for _ in tab.downloads)]
         files = _files(grid, studio.recipe(now, wish).to_yaml(), tab.heat.GRADIO_CACHE)
@@ -101,14 +120,65 @@ def _bind(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Sta
     def switch(granularity: str, measured_by: str, wish: Settings) -> Settings:
         return replace(wish, granularity=_known(granularity, GRANULARITIES), measure=_known(measured_by, MEASURES))
 
-    changed = [page.load, selection.change, settings.change]
-    gr.on(changed, look, [selection, settings], shown, trigger_mode="always_last", **quiet).then(
-        detail, [selection, settings], details, **quiet)
-    ask.click(measure_now, [selection, settings], shown, **quiet).then(detail, [selection, settings], details, **quiet)
-    tab.heat.edit(edit, [selection, settings], settings, **quiet)
-    tab.reset.click(lambda wish: replace(wish, edits=()), settings, settings, **quiet)
-    gr.on([tab.granularity.input, tab.measure.input], switch, [tab.granularity, tab.measure, settings], settings, **quiet)
-    settings.change(lambda wish: (wish.granularity, wish.measure), settings, [tab.granularity, tab.measure], **quiet)
+    changed = [page.load, selection.change, settings.change, found.change]
+    seen = gr.on(changed, look, [selection, settings], tab.shown, trigger_mode="always_last", **_QUIET).then(
+        detail, [selection, settings], details, **_QUIET)
+    _bind_work(studio, looks, selection, settings, found, seen, tab)
+    tab.heat.edit(edit, [selection, settings], settings, **_QUIET)
+    tab.reset.click(lambda wish: replace(wish, edits=()), settings, settings, **_QUIET)
+    gr.on([tab.granularity.input, tab.measure.input], switch, [tab.granularity, tab.measure, settings], settings, **_QUIET)
+    settings.change(lambda wish: (wish.granularity, wish.measure), settings, [tab.granularity, tab.measure], **_QUIET)
+
+
+def _bind_work(studio: Studio, looks: Looks, selection: gr.State, settings: gr.State, found: gr.State, seen: Dependency,
+               tab: VariationTab) -> None:
+    """Bind what takes long: an estimate is refined by itself unless it was stopped, the rest is asked for."""
+    stopped = gr.State(())  # the models whose measuring this visitor stopped
+
+    def refine(now: Selection, count: int, halted: tuple) -> Iterator[list]:
+        try:
+            wanted = bool(now.pivot and now.targets) and (now.pivot, *now.targets) != halted and studio.measured(now) is None \
+                and looks.sampled(now) is not None and not looks.measuring(now)
+        except FusionError:  # `_look` says what is wrong
+            wanted = False
+        if wanted:
+            yield from _working(looks.measure(now), count)
+        else:
+            yield [gr.skip()] * 4
+
+    def measure_now(now: Selection, count: int) -> Iterator[list]:
+        """Measure the selected models exactly."""
+        yield from _working(looks.measure(now), count)
+
+    def look_closer(now: Selection, wish: Settings, count: int) -> Iterator[list]:
+        """Inspect the selected models: relative change, stable rank, rounding, cosines, sign conflict."""
+        yield from _working(looks.inspect(now, wish), count)
+
+    def stop(now: Selection) -> list:
+        text = note("warning", "Stopped. What was known before is still shown.")
+        return [(now.pivot, *now.targets), gr.HTML(text, visible=True), gr.Button(visible=False), gr.Button(interactive=True),
+                gr.Button(interactive=True)]
+
+    outputs = [tab.status, tab.stop, tab.ask, found]
+    refining = seen.then(refine, [selection, found, stopped], outputs, **_QUIET)
+    asked = tab.ask.click(measure_now, [selection, found], outputs, concurrency_limit=2, **_QUIET)
+    closer = tab.closer.click(look_closer, [selection, settings, found], [tab.status, tab.stop, tab.closer, found],
+                              concurrency_limit=2, **_QUIET)
+    tab.stop.click(stop, selection, [stopped, tab.status, tab.stop, tab.ask, tab.closer], cancels=[refining, asked, closer],
+                   **_QUIET)
+
+
+def _working(work: Work, count: int) -> Iterator[list]:
+    """Show long work; yields [status, stop, the button that began it, count of looks that ended]."""
+    try:
+        while True:
+            yield [gr.HTML(bar(next(work)), visible=True), gr.Button(visible=True), gr.Button(interactive=False), gr.skip()]
+    except StopIteration:
+        yield [gr.HTML("", visible=False), gr.Button(visible=False), gr.Button(interactive=True), count + 1]
+    except FusionError as error:
+        yield [gr.HTML(error_note(str(error)), visible=True), gr.Button(visible=False), gr.Button(interactive=True), gr.skip()]
+    finally:
+        work.close()
 
 
 def _known(value: str, known: tuple[str, ...]) -> str:
@@ -117,35 +187,71 @@ def _known(value: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def _look(studio: Studio, now: Selection, wish: Settings, asked: bool) -> Iterator[list]:
-    """Measure a selection if it is small or was asked for, and show its heatmap; yields [status, ask, heatmap, reset]."""
-    edits = gr.Button(interactive=bool(wish.edits))
+def _look(studio: Studio, looks: Looks, now: Selection, wish: Settings) -> Iterator[list]:
+    """Show a selection, as exactly as it is known, and what is quickly found of it; yields the tab's `shown`."""
+    edits, gone = gr.Button(interactive=bool(wish.edits)), gr.Button(visible=False)
+    blank = [gr.HTML("", visible=False), gone]
+    busy = [gr.HTML("", visible=False), gr.skip(), gone, gone, edits]  # below the status: flags, heatmap, ask, closer, reset
     try:
         if not now.pivot or not now.targets:
-            yield [gr.HTML("", visible=False), gr.Button(visible=False), None, edits]
+            yield [*blank, gr.HTML("", visible=False), None, gone, gone, edits]
             return
         if studio.measured(now) is None:
             studio.preflight(now).raise_if_bad()
-            if not asked and not studio.measures_at_once(now):
-                note = "<p class='fs-note fs-warning'>These models are large: measuring reads every byte of them once.</p>"
-                yield [gr.HTML(note, visible=True), gr.Button(visible=True), None, edits]
+            if not studio.measures_at_once(now):
+                yield from ([gr.HTML(bar(progress), visible=True), gone, *busy] for progress in looks.sample(now))
+                yield [gr.skip(), gr.skip(), gr.HTML("", visible=False), payload(_estimated(studio, now, wish, looks.sampled(now))),
+                       gr.Button(visible=True), gone, edits]
                 return
-            for progress in studio.measure(now):
-                yield [gr.HTML(bar(progress), visible=True), gr.Button(visible=False), gr.skip(), edits]
-        yield [gr.HTML("", visible=False), gr.Button(visible=False), payload(grid_of(studio, now, wish)), edits]
+            yield from ([gr.HTML(bar(progress), visible=True), gone, *busy] for progress in studio.measure(now))
+        grid, report, soon = grid_of(studio, now, wish, looks), looks.inspected(now, wish), looks.at_once(now)
+        yield [*blank, _flags(studio, now, report), payload(grid), gone, gr.Button(visible=report is None and not soon), edits]
+        if report is None and soon:
+            yield from ([gr.skip()] * 7 for _ in looks.inspect(now, wish))
+            grid, report = grid_of(studio, now, wish, looks), looks.inspected(now, wish)
+            yield [*blank, _flags(studio, now, report), payload(grid), gone, gone, edits]
     except FusionError as error:
-        yield [gr.HTML(error_note(str(error)), visible=True), gr.Button(visible=False), None, edits]
+        yield [gr.HTML(error_note(str(error)), visible=True), gone, gr.HTML("", visible=False), None, gone, gone, edits]
 
 
-def grid_of(studio: Studio, now: Selection, wish: Settings) -> Grid | None:
-    """Everything the heatmap shows of a measured selection; None while it is not measured."""
+def _flags(studio: Studio, now: Selection, report: Inspection | None) -> gr.HTML:
+    """The red flags of an inspection in words."""
+    if report is None:
+        return gr.HTML("", visible=False)
+    titles = [studio.title(key) for key in now.targets]
+    found = "".join(note("warning", text) for text in red_flags(report, titles))
+    return gr.HTML(f"<div class='fs-flags'>{found or note('good', 'A closer look found no red flags.')}</div>", visible=True)
+
+
+def _estimated(studio: Studio, now: Selection, wish: Settings, sample: Preview) -> Grid:
+    """The grid of an estimate: ratios with their standard errors, and no weights yet."""
+    unit = "matrix" if wish.granularity == GRANULARITIES[-1] else wish.granularity  # single parameters cannot be estimated
+    variation = sample.variation
+    unknown = np.full((len(variation.names), len(variation.targets)), np.nan)
+    sampled = float((sample.sampled * variation.numel).sum() / max(variation.numel.sum(), 1))
+    grid = _grid(variation, tuple(studio.title(key) for key in now.targets), replace(wish, granularity=unit), None, unknown)
+    return replace(grid, error=sample.error(unit, wish.measure), sampled=sampled,
+                   weightless="The weights follow from exact numbers, which are being measured or wait for Measure exactly.")
+
+
+def grid_of(studio: Studio, now: Selection, wish: Settings, looks: Looks | None = None) -> Grid | None:
+    """Everything the heatmap shows of a measured selection, with what `looks` knows; None while it is not measured."""
     if not now.pivot or not now.targets:
         return None
     variation = studio.measured(now)
     if variation is None:
         return None
     titles = tuple(studio.title(key) for key in now.targets)
-    return _grid(variation, titles, wish, *_weighed(studio, now, wish, variation))
+    grid = _grid(variation, titles, wish, *_weighed(studio, now, wish, variation))
+    report = looks.inspected(now, wish) if looks else None
+    return replace(grid, closer=closer_look(report, titles, wish.granularity) if report else None, weightless=_weightless(wish))
+
+
+def _weightless(wish: Settings) -> str:
+    """Why a merge has no weights to show, in words."""
+    if not METHODS[wish.method].weights:
+        return f"{METHODS[wish.method].title} has no weights, it works from its options alone."
+    return "Stacked layers are other matrices than the measured ones; their weights stand in the recipe." if wish.slices else ""
 
 
 def _weighed(studio: Studio, now: Selection, wish: Settings, variation: Variation) -> tuple[WeightPlan | None, np.ndarray]:
@@ -186,26 +292,53 @@ def edited(wish: Settings, edit, grid: Grid, targets: tuple[str, ...]) -> Settin
 
 
 def _frame(grid: Grid) -> pd.DataFrame:
-    return pd.DataFrame(_rows(grid), columns=["tensor", "shape", "target", "variation", "ratio", "weight", "state"])
+    return pd.DataFrame(_rows(grid), columns=_head(grid))
+
+
+def _head(grid: Grid) -> list[str]:
+    """The columns that are known."""
+    if grid.closer is None:
+        return list(HEAD)
+    own = [title for name, title in _CLOSER_HEAD.items() if name in grid.closer.cards]
+    pairs = [f"cosine {'·'.join(card.letters)}" for card in grid.closer.cards.get("cosine", ())]
+    shared = ["rounding loss of the average", "sign conflict"] if pairs else []
+    return [*HEAD, *own, *shared, *pairs]
 
 
 def _rows(grid: Grid) -> list[list]:
     def state(t: int, j: int) -> str:
         return "kept from pivot" if grid.excluded[t] else "edited" if grid.fixed[t, j] else ""
 
-    return [[name, "×".join(map(str, grid.shapes[t])), target, float(f"{grid.variation[t, j]:.6g}"),
-             round(float(grid.ratio[t, j]), 6), round(float(grid.weight[t, j]), 6), state(t, j)]
+    return [[name, "×".join(map(str, grid.shapes[t])), target, _number(grid.variation[t, j]), _number(grid.ratio[t, j]),
+             _number(grid.weight[t, j]), state(t, j), *_closer_cells(grid, t, j)]
             for t, name in enumerate(grid.tensors) for j, target in enumerate(grid.targets)]
+
+
+def _closer_cells(grid: Grid, t: int, j: int) -> list[float | None]:
+    """One row's part of what a closer look found, in the order of `_head`."""
+    if grid.closer is None:
+        return []
+    cards = grid.closer.cards
+    chosen = [cards[name][j] for name in _CLOSER_HEAD if name in cards]
+    if "cosine" in cards:
+        chosen += [cards["lost"][-1], cards["conflict"][0], *cards["cosine"]]
+    return [_number(card.values[t]) for card in chosen]
+
+
+def _number(value: float) -> float | None:
+    """Six significant digits; None where there is no number, which JSON could not say otherwise."""
+    return float(f"{value:.6g}") if np.isfinite(value) else None
 
 
 def _files(grid: Grid, recipe: str, cache: str) -> list[str]:
     """Write the report as CSV, JSON and a standalone page into Gradio's cache; returns their paths."""
-    head = ["tensor", "shape", "target", "variation", "ratio", "weight", "state"]
+    head, rows = _head(grid), _rows(grid)
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerows([head, *([_plain(cell) for cell in row] for row in _rows(grid))])
+    writer.writerows([head, *([_plain(cell) for cell in row] for row in rows)])
     data = {"granularity": grid.granularity, "measure": grid.measure, "targets": list(grid.targets),
-            "tensors": [dict(zip(head, row, strict=True)) for row in _rows(grid)]}
+            **({"rounded to": grid.closer.dtype} if grid.closer else {}),
+            "tensors": [dict(zip(head, row, strict=True)) for row in rows]}
     page = standalone_html(grid, title="Variation and merge weights", recipe_text=recipe)
     contents = (("fusechat-variation.csv", text.getvalue()), ("fusechat-variation.json", json.dumps(data, indent=1)),
                 ("fusechat-heatmap.html", page))

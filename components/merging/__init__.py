@@ -5,7 +5,7 @@ from __future__ import annotations
 import gradio as gr
 from gradio.events import Dependency
 
-from components import reports
+from components import comparing, reports
 from components.merging import running, setting
 from components.merging.layout import MergeTab, lay_out
 from components.studio import Studio
@@ -23,5 +23,6 @@ def build(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Sta
     setting.bind(studio, page, selection, settings, tab)
     running.bind_trying(studio, selection, settings, tab, tabs)
     saved = running.bind_saving(studio, page, selection, settings, job, tab)
+    comparing.build(studio, page, selection)
     reports.bind(studio, page, selection, tab.report, saved[0], tab.name)
     return tab, *saved

@@ -22,19 +22,21 @@ from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError, RecipeError, ResourceError
 from fusion.inspection.report import share
 from fusion.inspection.streaming import fold
+from fusion.live import LiveResult
 from fusion.merge import RECIPE_FILE, MergeResult
 from fusion.plan import MergePlan
 from fusion.preflight import mergeable_names
 from fusion.progress import Work
 from fusion.recipe import Recipe, load_stages, short_names
 from fusion.review.hull import nearest_mix
+from fusion.review.memory import live_view
 from fusion.review.report import Review, findings
-from fusion.review.smoke import PROMPTS, Answer, ask
+from fusion.review.smoke import PROMPTS, Answer, ask, ask_model
 from fusion.review.sums import ReviewSums, Rounding, rounding_of
 from fusion.review.tokens import RoundTrip, round_trips
 from fusion.sources import open_checkpoint
 
-__all__ = ["PROMPTS", "Answer", "Review", "RoundTrip", "review"]
+__all__ = ["PROMPTS", "Answer", "Review", "RoundTrip", "answered", "ask_model", "review", "review_live"]
 
 
 def review(merged: str | os.PathLike | MergeResult, parents: Sequence[str] = (), *, smoke: bool = True,
@@ -55,6 +57,22 @@ def review(merged: str | os.PathLike | MergeResult, parents: Sequence[str] = (),
     finally:
         for model in (result, *models):
             model.close()
+
+
+def review_live(result: LiveResult, name: str) -> Work[Review]:
+    """Review a merge in memory under a name, all but the smoke test; yields Progress. Nothing is written."""
+    plan = MergePlan.open(result.plan.recipe)
+    try:
+        with live_view(result, name) as merged:
+            return (yield from _reviewed(merged.folder, merged, plan.models, plan, smoke=False, rounding=True))
+    finally:
+        plan.close()
+
+
+def answered(report: Review, answers: Sequence[Answer]) -> Review:
+    """A review with the answers of `ask_model`, and the findings that follow."""
+    report = replace(report, answers=tuple(answers))
+    return replace(report, findings=tuple(findings(report)))
 
 
 def _reviewed(folder: Path, result: Checkpoint, parents: Sequence[Checkpoint], plan: MergePlan | None, smoke: bool,

@@ -41,8 +41,7 @@ def ask(folder: Path, prompts: Sequence[str] = PROMPTS, max_new_tokens: int = MA
 
     Every way it can fail is an Answer with `error`; nothing that a model does raises.
     """
-    meter = Meter("Asking the merged model", len(prompts), "prompts")
-    yield meter.step()
+    yield Meter("Asking the merged model", len(prompts), "prompts").step()
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -50,6 +49,14 @@ def ask(folder: Path, prompts: Sequence[str] = PROMPTS, max_new_tokens: int = MA
         model = chat.load(folder)
     except FusionError as error:
         return tuple(Answer(prompt, "", 0, "error", None, str(error)) for prompt in prompts)
+    return (yield from ask_model(model, prompts, max_new_tokens))
+
+
+def ask_model(model: chat.ChatModel, prompts: Sequence[str] = PROMPTS, max_new_tokens: int = MAX_NEW_TOKENS
+              ) -> Work[tuple[Answer, ...]]:
+    """The same with a model that is loaded already."""
+    meter = Meter("Asking the merged model", len(prompts), "prompts")
+    yield meter.step()
     answers = []
     for prompt in prompts:
         messages = [{"role": "user", "content": prompt}]
