@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +14,10 @@ import pytest
 from fusion import demo
 from fusion.__main__ import main
 from fusion.demo.questions import questions
-from fusion.errors import CheckpointError, RecipeError
-from fusion.evaluate import Question, chosen, measure, named
+from fusion.errors import CheckpointError, FusionError, RecipeError
+from fusion.evaluate import Question, by_lm_eval, chosen, named, perplexity
 from fusion.evaluate.models import load
+from fusion.evaluate.tasks import measure
 from fusion.progress import finish
 from fusion.sources import open_checkpoint
 from tests.test_adapters import pair, save_adapter
@@ -89,3 +94,109 @@ def test_the_command_writes_tables_answers_and_json(tmp_path, capsys):
     assert len((out / "answers.jsonl").read_text().splitlines()) == 16
     assert main(["evaluate", PIVOT, "--out", str(out)]) == 2 and "exists already" in capsys.readouterr().err
     assert main(["evaluate", PIVOT, "--prompts", "0"]) == 2
+
+
+def test_the_package_is_cheap_to_import():
+    code = "import sys, fusion.evaluate; sys.exit(bool({'torch', 'transformers', 'plotly'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ── perplexity ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ASKED, SAID = "What is the capital of Norway?", "The capital of Norway is Oslo."
+
+
+def by_hand(text_before: str, text: str) -> tuple[float, int]:
+    """Nats and tokens of `text` after `text_before`, by transformers alone."""
+    import torch
+
+    model = load(PIVOT, "pivot")
+    first, ids = model.encode(text_before), model.encode(text_before + text)
+    assert ids[:len(first)] == first
+    with torch.inference_mode():
+        scores = model.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    return -sum(float(scores[i - 1, ids[i]]) for i in range(len(first), len(ids))), len(ids) - len(first)
+
+
+def test_perplexity_of_a_dialogue_by_hand(tmp_path):
+    file = tmp_path / "data.jsonl"
+    lines = [{"messages": [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]}, {"no": "dialogue"}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    scores, records = finish(perplexity.measure({"pivot": PIVOT, "qwen": QWEN}, perplexity.read(str(file))))
+    nats, tokens = by_hand(f"<|begin|><|user|>{ASKED}<|end|><|assistant|>", f"{SAID}<|end|>")
+    assert records[0]["nats"] == pytest.approx(nats, rel=1e-4) and records[0]["tokens"] == tokens
+    assert [record["characters"] for record in records] == [len(SAID)] * 2
+    means = scores.means()
+    assert means["nats per token"][0, 0] == pytest.approx(nats / tokens, rel=1e-4)
+    assert means["nats per character"][0, 0] == pytest.approx(nats / len(SAID), rel=1e-4)
+    assert perplexity.per_token(scores)["pivot"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+
+
+def test_perplexity_of_plain_text_counts_every_character(tmp_path):
+    file = tmp_path / "data.txt"
+    file.write_text(f"{SAID}\n\n\n\n{ASKED}")
+    data = perplexity.read(str(file))
+    assert data.texts == (SAID, ASKED)
+    _, records = finish(perplexity.measure({"pivot": PIVOT}, data))
+    assert (records[0]["nats"], records[0]["tokens"]) == pytest.approx(by_hand("<|begin|>", SAID), rel=1e-4)
+    assert records[0]["characters"] == len(SAID) and not records[0]["truncated"]
+
+
+def test_long_texts_are_read_in_windows_and_long_dialogues_are_flagged(tmp_path, monkeypatch):
+    plain, talk = tmp_path / "data.txt", tmp_path / "data.json"
+    plain.write_text(SAID)
+    talk.write_text(json.dumps([{"conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": SAID}]}]))
+    whole = finish(perplexity.measure({"pivot": PIVOT}, perplexity.read(str(plain))))[1][0]
+    monkeypatch.setattr("fusion.evaluate.perplexity.context_of", lambda config: 15)
+    windows = finish(perplexity.measure({"pivot": PIVOT}, perplexity.read(str(plain))))[1][0]
+    monkeypatch.setattr("fusion.evaluate.perplexity.context_of", lambda config: 5)
+    smaller = finish(perplexity.measure({"pivot": PIVOT}, perplexity.read(str(plain))))[1][0]
+    assert whole == windows and smaller["tokens"] == whole["tokens"] and smaller["nats"] != whole["nats"]
+    length = len(load(PIVOT, "pivot").encode(f"<|begin|><|user|>{ASKED}<|end|><|assistant|>"))
+    monkeypatch.setattr("fusion.evaluate.perplexity.context_of", lambda config: length + 3)
+    scores, (record,) = finish(perplexity.measure({"pivot": PIVOT}, perplexity.read(str(talk))))
+    ids = load(PIVOT, "pivot").encode(SAID)
+    assert scores.truncated.all() and record["tokens"] == 2
+    assert record["characters"] == len(load(PIVOT, "pivot").decode(ids[:2]))
+
+
+def test_perplexity_is_a_command(tmp_path, capsys):
+    file = tmp_path / "data.txt"
+    file.write_text(f"{SAID}\n\n{ASKED}\n\nHello!")
+    assert main(["evaluate", PIVOT, QWEN, "--perplexity", str(file), "--baseline", "pivot", "--prompts", "2", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["kind"] == "perplexity" and data["table"]["columns"] == ["nats per token", "nats per character"]
+    assert [row["answers"] for row in data["table"]["rows"]] == [2, 2] and data["table"]["rows"][1]["p"] is not None
+    file.write_text("\n\n")
+    assert main(["evaluate", PIVOT, "--perplexity", str(file)]) == 2 and "no text" in capsys.readouterr().err
+
+
+# ── lm-eval ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_lm_eval_when_it_is_installed(monkeypatch, capsys):
+    def evaluate(model, tasks, limit, log_samples):
+        assert model.pretrained.config.model_type == "llama" and model.tokenizer and limit == 4
+        results = {"arc": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.25,
+                           "acc_norm_stderr,none": "N/A"},
+                   "gsm": {"exact_match,strict": 1.0, "exact_match_stderr,strict": 0.0}}
+        return {"results": {name: results[name] for name in tasks}, "n-samples": {"arc": {"original": 9, "effective": 4}}}
+    package = {"lm_eval": ModuleType("lm_eval"), "lm_eval.models": ModuleType("m"), "lm_eval.models.huggingface": ModuleType("h")}
+    package["lm_eval"].simple_evaluate = evaluate
+    package["lm_eval.models.huggingface"].HFLM = lambda **parts: SimpleNamespace(**parts)
+    for name, module in package.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert main(["evaluate", PIVOT, "--lm-eval", "arc, gsm", "--prompts", "4", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)["table"]
+    assert table["columns"] == ["arc acc", "arc acc_norm", "gsm exact_match (strict)"]
+    (row,) = table["rows"]
+    assert row["cells"]["arc acc"] == pytest.approx({"value": 0.5, "low": 0.304, "high": 0.696}, abs=1e-4)
+    assert row["cells"]["arc acc_norm"] == {"value": 0.25, "low": None, "high": None}
+    assert (row["answers"], row["truncated"]) == (4, None)
+    assert main(["evaluate", PIVOT, "--lm-eval", "hellaswag", "--prompts", "4"]) == 2
+    assert "lm-eval stops (KeyError" in capsys.readouterr().err
+
+
+def test_lm_eval_when_it_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(FusionError, match="pip install lm-eval"):
+        finish(by_lm_eval({"pivot": PIVOT}, ["arc"]))

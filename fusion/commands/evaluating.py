@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from fusion.commands.console import print_json, show_progress
 from fusion.errors import RecipeError
 from fusion.progress import finish
 
+if TYPE_CHECKING:
+    from fusion.evaluate import Evaluation
+    from fusion.progress import Work
 
 def add(command) -> None:
     """Add these commands with `command(name, run, text)`, which returns the parser."""
@@ -15,37 +19,61 @@ def add(command) -> None:
     sub.add_argument("models", metavar="MODEL", nargs="+", help="a folder, FOLDER+ADAPTER, or a model on the Hub")
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--domains", action="store_true", help="the demo's held-out prompts over eight domains (the default)")
-    sub.add_argument("--prompts", type=int, metavar="N", help="so many prompts per domain (default 100)")
+    what.add_argument("--perplexity", metavar="DATA", help="dialogues (.json, .jsonl, .parquet, Hub dataset) or plain text (.txt)")
+    what.add_argument("--judge", metavar="QUESTIONS", help="questions in MT-Bench's question.jsonl format, graded by a judge")
+    what.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-eval, separated by commas, when it is installed")
+    sub.add_argument("--endpoint", metavar="URL", help="the judge's OpenAI-compatible address; its key is in OPENAI_API_KEY")
+    sub.add_argument("--judge-model", metavar="M", help="the judge's name at that address")
+    sub.add_argument("--pairwise", action="store_true", help="judge pairs in both orders (with the baseline, else all) not grades")
+    sub.add_argument("--prompts", type=int, metavar="N",
+                     help="so many prompts per domain (default 100), pieces of data, questions, questions per task (default all)")
     sub.add_argument("--baseline", metavar="NAME", help="compare the others with this one of the models")
-    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="cut answers off after so many tokens (default 64)")
-    sub.add_argument("--out", metavar="DIR", help="write tables, answers and a radar chart into this new folder")
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="cut answers off after so many tokens (64; for a judge 1024)")
+    sub.add_argument("--out", metavar="DIR", help="write tables, answers and a radar chart into this new folder (a judge needs it)")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from fusion import evaluate
 
+    _check(options)
     if options.out:
         evaluate.refuse_existing(options.out)
-    for name in ("prompts", "max_new_tokens"):
-        if (given := getattr(options, name)) is not None and given < 1:
-            raise RecipeError(f"--{name.replace('_', '-')} is {given}", todo="Give a whole number from 1 on.")
     models = evaluate.named(options.models)
     baseline = evaluate.chosen(options.baseline, models)
-    done = _domains(options, models, baseline)
-    folder = evaluate.write(done, options.out) if options.out else None
+    done = finish(_work(options, models, baseline), show_progress(options.json))
+    if options.out and not options.judge:  # a judge's results are written with what was kept meanwhile
+        evaluate.write(done, options.out)
     if options.json:
         print_json(done.to_dict())
         return
     print(done.table.text())
-    if folder:
-        print(f"\nwritten to {folder}")
+    if options.out:
+        print(f"\nwritten to {options.out}")
 
 
-def _domains(options: argparse.Namespace, models: dict[str, str], baseline: str | None):
+def _check(options: argparse.Namespace) -> None:
+    for name in ("prompts", "max_new_tokens"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            raise RecipeError(f"--{name.replace('_', '-')} is {given}", todo="Give a whole number from 1 on.")
+    if options.judge and not (options.endpoint and options.judge_model and options.out):
+        raise RecipeError("a judge needs --endpoint, --judge-model and --out", where="--judge")
+    if not options.judge and (options.endpoint or options.judge_model or options.pairwise):
+        raise RecipeError("--endpoint, --judge-model and --pairwise belong to a judge", todo="Add --judge QUESTIONS.")
+
+
+def _work(options: argparse.Namespace, models: dict[str, str], baseline: str | None) -> Work[Evaluation]:
     from fusion import evaluate
+
+    longest = {"max_new_tokens": options.max_new_tokens} if options.max_new_tokens else {}
+    if options.perplexity:
+        return evaluate.by_perplexity(models, options.perplexity, baseline=baseline, limit=options.prompts)
+    if options.lm_eval:
+        names = [name.strip() for name in options.lm_eval.split(",") if name.strip()]
+        return evaluate.by_lm_eval(models, names, baseline=baseline, limit=options.prompts)
+    if options.judge:
+        asked = evaluate.load_questions(options.judge, options.prompts)
+        judge = evaluate.Endpoint(options.endpoint, options.judge_model)
+        return evaluate.by_judge(models, asked, judge, options.out, pairwise=options.pairwise, baseline=baseline, **longest)
     from fusion.demo.questions import questions
 
-    prompts, longest = options.prompts or 100, options.max_new_tokens or 64
-    scores, records = finish(evaluate.measure(models, questions(prompts), longest), show_progress(options.json))
-    settings = {"models": models, "prompts_per_domain": prompts, "max_new_tokens": longest, "sampling": "greedy"}
-    return evaluate.Evaluation("domains", settings, evaluate.from_scores(scores, baseline), scores, tuple(records))
+    return evaluate.by_questions(models, questions(options.prompts or 100), baseline=baseline, **longest)

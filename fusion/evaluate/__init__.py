@@ -1,18 +1,22 @@
 """How good is a model, and how sure is that: checkable prompts, perplexity, a judge, public benchmarks; tables with intervals.
 
     models = named(["assets/demo/pivot", "assets/demo/target-qwen"])
-    scores, answers = finish(measure(models, questions))           # fusion.demo.questions has some
-    print(from_scores(scores, baseline="pivot").markdown())
+    done = finish(by_questions(models, questions(), baseline="pivot"))      # from fusion.demo.questions
+    print(done.table.markdown())
 
 torch and transformers are imported when the first model is loaded.
 """
 
+from fusion.evaluate.endpoint import Endpoint
+from fusion.evaluate.judge import JudgeQuestion, load_questions
 from fusion.evaluate.models import chosen, named
 from fusion.evaluate.radar import figure, radar
 from fusion.evaluate.report import Evaluation, refuse_existing, write
+from fusion.evaluate.runs import by_judge, by_lm_eval, by_perplexity, by_questions
 from fusion.evaluate.scores import Scores
 from fusion.evaluate.tables import Cell, Row, Table, from_scores
-from fusion.evaluate.tasks import Question, measure
+from fusion.evaluate.tasks import Question
 
-__all__ = ["Cell", "Evaluation", "Question", "Row", "Scores", "Table", "chosen", "figure", "from_scores", "measure", "named",
-           "radar", "refuse_existing", "write"]
+__all__ = ["Cell", "Endpoint", "Evaluation", "JudgeQuestion", "Question", "Row", "Scores", "Table", "by_judge", "by_lm_eval",
+           "by_perplexity", "by_questions", "chosen", "figure", "from_scores", "load_questions", "named", "radar",
+           "refuse_existing", "write"]

@@ -40,6 +40,14 @@ class Scores:
     unit: str = ""
     scale: float = 1.0
 
+    def answers(self) -> np.ndarray:
+        """One item [answers] for every answer: what is measured on the same answer in two ways counts once."""
+        turns = self.turns or (1,) * len(self.prompts)
+        first: dict[tuple[str, int], int] = {}
+        for item, answer in enumerate(zip(self.prompts, turns, strict=True)):
+            first.setdefault(answer, item)
+        return np.array(list(first.values()))
+
     def columns(self) -> dict[str, np.ndarray]:
         """Column → its items [items] bool: the domains in order of appearance, then the turns when there are several."""
         domains = np.array(self.domains)

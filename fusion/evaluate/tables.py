@@ -124,15 +124,15 @@ def from_scores(scores: Scores, baseline: str | None = None, *, digits: int = 1,
     samples, points = scores.resampled(draws, seed), scores.means()
     columns = tuple(points)
     against = scores.models.index(baseline) if baseline is not None else None
-    rows = []
+    rows, answers = [], scores.answers()
     for m, model in enumerate(scores.models):
         cells = tuple(Cell(*(scores.scale * number for number in (points[name][0, m], *scores.interval(name, m, samples))))
                       for name in columns)
         other = against is not None and m != against
         versus = _change(points[scores.summary][0], samples[scores.summary], m, against) if other else None
         p = scores.p_value(m, against, seed) if other or (against is None and scores.even is not None) else None
-        cut, missing = int(scores.truncated[m].sum()), int(np.isnan(scores.values[m]).sum())
-        rows.append(Row(model, cells, versus, p, len(scores.prompts), cut, missing))
+        cut, missing = int(scores.truncated[m, answers].sum()), int(np.isnan(scores.values[m, answers]).sum())
+        rows.append(Row(model, cells, versus, p, len(answers), cut, missing))
     notes = (*_notes(scores, baseline, draws, seed), *notes)
     return Table(scores.title, scores.unit, columns, tuple(rows), digits, notes, baseline)
 
@@ -154,9 +154,9 @@ def _notes(scores: Scores, baseline: str | None, draws: int, seed: int) -> list[
         notes.append(f"p: {test}, two-sided, against {baseline}, not corrected for several comparisons.")
     elif scores.even is not None:
         notes.append("p: a sign-flip permutation test over prompts, two-sided, not corrected for several comparisons.")
-    cut = int(scores.truncated.sum())
-    if cut:
-        notes.append(f"⚠ {cut} of {scores.truncated.size} answers were cut off by their length and judged as they stand.")
+    cut = scores.truncated[:, scores.answers()]
+    if cut.any():
+        notes.append(f"⚠ {cut.sum()} of {cut.size} answers were cut off by their length and count as they stand.")
     return notes
 
 
