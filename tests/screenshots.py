@@ -36,6 +36,9 @@ def picture_main_job(view: Page) -> None:
     expect(view.locator("#ratio-by-depth .plot-container")).to_be_visible(timeout=WAIT_MS)
     view.screenshot(path=FOLDER / "variation.png")
     open_tab(view, "Merge")
+    picture_form(view)
+    view.locator("#family").get_by_label("Averages").click()
+    expect(view.locator("#recipe")).to_contain_text("method: varm", timeout=WAIT_MS)
     view.locator("#merge-try").click()
     expect(view.get_by_role("tab", name="Chat")).to_have_attribute("aria-selected", "true", timeout=WAIT_MS)
     for domain in ("math", "humanities"):
@@ -47,6 +50,24 @@ def picture_main_job(view: Page) -> None:
     view.mouse.move(5, 5)
     view.wait_for_timeout(500)
     view.screenshot(path=FOLDER / "chat.png")
+
+
+def picture_form(view: Page) -> None:
+    """A task-vector method with a curve drawn over the layers."""
+    view.locator("#family").get_by_label("Task vectors").click()
+    view.locator("#method").get_by_label("TIES", exact=True).click()
+    expect(view.locator("#recipe")).to_contain_text("method: ties", timeout=WAIT_MS)
+    view.get_by_label("How density is given").select_option("By layer")
+    points = view.locator("#method-form .fm-point")
+    for i, steps in enumerate((12, 8, 6, 8, 10)):
+        points.nth(i).focus()
+        for _ in range(steps):
+            view.keyboard.press("ArrowDown")
+        view.wait_for_timeout(1000)
+    expect(view.locator("#command")).to_contain_text("density=curve:0.4", timeout=WAIT_MS)
+    view.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+    view.wait_for_timeout(500)
+    view.screenshot(path=FOLDER / "merge.png")
 
 
 if __name__ == "__main__":
