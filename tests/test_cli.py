@@ -87,6 +87,7 @@ def test_variation_by_default_is_of_matrices_and_squares(run, folders):
 
 def test_variation_refuses_unknown_names_before_it_reads(run, folders, monkeypatch):
     monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("a weight was read"))
     assert run("variation", *folders, "--granularity", "matrx")[0] == 2
 
 

@@ -219,6 +219,7 @@ def refine_alone(*args, **options):
 def test_models_that_cannot_be_compared_are_refused_before_a_weight_is_read(tmp_path, monkeypatch, work):
     pivot, other = models(tmp_path, {Q0: np.ones((2, 2))}, {Q0: np.ones((2, 3))})
     monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(MismatchError, match=Q0):
         next(work(pivot, [other]))
 

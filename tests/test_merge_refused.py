@@ -78,6 +78,7 @@ def test_a_broken_checkpoint_is_refused_before_any_work(folders, what, words, br
     ({"weights": (1, 2, 3)}, "3 numbers for 2 targets")])
 def test_a_recipe_that_does_not_fit_is_refused_before_any_work(folders, monkeypatch, options, words):
     monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("a weight was read"))
     stopped(folders, RecipeError, words, **options)
 
 

@@ -43,6 +43,7 @@ def without(name: str) -> dict:
 def test_it_reads_no_weight(tmp_path, monkeypatch):
     folders = save_family(tmp_path, "llama")
     monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("a weight was read"))
     pivot, *targets = map(Checkpoint, folders)
     report = preflight(pivot, targets, out=tmp_path / "out", dtype="float32").raise_if_bad()
     assert report.level == "good" and [facts.role for facts in report.models] == ["pivot", "target", "target"]

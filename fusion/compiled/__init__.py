@@ -58,5 +58,5 @@ def _load() -> None:
         _kernels = importlib.import_module("fusion.compiled.kernels")
     except ImportError:
         logging.getLogger(__name__).info("numba is not installed; numpy does the work")
-    except Exception:  # a numba that does not fit this Python or processor must not stop a merge that works without it
-        logging.getLogger(__name__).warning("numba cannot be used; numpy does the work", exc_info=True)
+    except Exception as error:  # a numba that does not fit this Python or processor must not stop a merge that works without
+        logging.getLogger(__name__).warning("numba cannot be used (%s: %s); numpy does the work", type(error).__name__, error)
