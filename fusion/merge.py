@@ -12,7 +12,7 @@ import ast
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,19 +82,24 @@ class Computed:
         return checkpoint_digest(self.outputs)
 
 
+Engine = Callable[[MergePlan, CheckpointWriter, "Variation | None"], Work[Computed]]
+
+
 def merge(recipe: Recipe, out: str | os.PathLike, *, variation: Variation | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
-          resume: bool = False, places: Mapping[str, Path] | None = None, stages: Sequence[Recipe] = ()) -> Work[MergeResult]:
+          resume: bool = False, places: Mapping[str, Path] | None = None, stages: Sequence[Recipe] = (),
+          engine: Engine | None = None) -> Work[MergeResult]:
     """Run a recipe into the new folder `out`; yields Progress, returns the MergeResult.
 
     `variation` skips measuring when it is already known for these very checkpoints. `resume` goes on after the last finished
     shard of a merge that was killed, and measures anew. `places` and `stages` are for `stages.merge_stages`: where earlier
-    results lie, and their recipes. Every FusionError leaves no folder behind, and so does closing the generator.
+    results lie, and their recipes. `engine` computes the tensors (default: `compute`, in this process). Every FusionError
+    leaves no folder behind, and so does closing the generator.
     """
     plan = MergePlan.open(recipe, out, places)
     try:
         marks = {label: model.stamp for label, model in plan.sources.items()}
         with CheckpointWriter(out, plan.outputs(), max_shard_bytes, resume=resume, plan_digest=plan.digest) as writer:
-            computed = yield from compute(plan, writer, None if resume else variation)
+            computed = yield from (engine or compute)(plan, writer, None if resume else variation)
             recipe = yield from resolved(plan, computed)
             check_unchanged(plan, marks)
             for name, content in side_files(plan, recipe, computed, stages):

@@ -45,7 +45,7 @@ class MergePlan:
 
     `sources` are the checkpoints as they are ("pivot" and the targets' names), `pivot` and `targets` the same with the tensor
     names, layers and vocabulary of the result. `parts` [T, J] says which targets take part in a tensor; `files` are the
-    tokenizer of the result when it is no model's own.
+    tokenizer of the result when it is no model's own; `refs` is what the models were opened by, the pivot first.
     """
 
     recipe: Recipe
@@ -57,6 +57,7 @@ class MergePlan:
     parts: np.ndarray
     report: Preflight
     files: Mapping[str, bytes] = field(default_factory=dict)
+    refs: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, recipe: Recipe, out: str | os.PathLike | None = None, places: Mapping[str, Path] | None = None, *,
@@ -90,7 +91,7 @@ class MergePlan:
             parts[:] = [[target in named[name] for target in recipe.names] for name in names]
             _check_parts(parts, names, method)
         return cls(recipe, sources, pivot, tuple(targets), WeightPlan.of(recipe, names), OptionPlan.of(recipe, names), parts,
-                   report, files)
+                   report, files, tuple(map(str, refs)))
 
     def close(self) -> None:
         """Close the files of all checkpoints."""

@@ -42,11 +42,15 @@ class Shard:
         self.nbytes = len(header) + sum(slot.nbytes for slot in slots)
         self._file: int | None = None
 
-    def open(self) -> None:
+    def make(self) -> None:
         """Make the file, empty and of its full size: a disk that is too small is found out now, not at the end."""
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._file, 0, self.nbytes)
+
+    def open(self) -> None:
+        """Open the file that somebody else has made, perhaps on another machine."""
+        self._file = os.open(self.path, os.O_RDWR)
 
     def write(self, slot: Slot, start: int, stored: np.ndarray | bytes) -> int:
         """Write stored numbers as the flat elements of a tensor from `start` on; returns how many bytes they are."""

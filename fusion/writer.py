@@ -33,20 +33,20 @@ class CheckpointWriter:
     `tensors` lists (name, safetensors dtype code, shape). Use it as a context manager: leaving it without `finish` removes
     everything. `resume` continues what a killed writer of the same tensors and the same `plan_digest` began: `finished` maps
     the tensors of its finished shards to the notes that were given to `done`; what it finishes itself then also outlives it.
-    `allocate=False` leaves the shards to others: they write `shard(file)`, then `adopt` takes it in.
+    Another process may write and seal `shard(file)` in its place, then `adopt` takes it in.
 
     OutputError when the folder exists, cannot be made, is being written by another merge or was begun with another plan;
     ResourceError when the disk is full.
     """
 
     def __init__(self, out: str | os.PathLike, tensors: Sequence[tuple[str, str, tuple[int, ...]]],
-                 max_shard_bytes: int = MAX_SHARD_BYTES, *, resume: bool = False, plan_digest: str = "", allocate: bool = True):
+                 max_shard_bytes: int = MAX_SHARD_BYTES, *, resume: bool = False, plan_digest: str = ""):
         self.out = Path(out).absolute()
         self.headers, self.slots = plan_shards(tensors, max_shard_bytes)
         self.files = {file: [slot for slot in self.slots.values() if slot.file == file] for file in self.headers}
         self.finished: dict[str, dict] = {}
         self._plan = hashlib.sha256(b"\0".join([plan_digest.encode(), *self.headers.values()])).hexdigest()
-        self._resume, self._allocate = resume, allocate
+        self._resume = resume
         self._journal, self._own = Journal(self.out), False
         self._sealed: set[str] = set()
         self._small: dict[str, Future] = {}
@@ -69,9 +69,9 @@ class CheckpointWriter:
                 self._take_name()
                 self._take_folder()
                 for file in self.headers:
-                    if file not in self._sealed and self._allocate:
+                    if file not in self._sealed:
                         self._shards[file] = self.shard(file)
-                        self._shards[file].open()
+                        self._shards[file].make()
         except BaseException:
             self.abort()
             raise
@@ -120,9 +120,10 @@ class CheckpointWriter:
                 self._seals[slot.file] = self._flush.submit(self._seal, slot.file)
 
     def adopt(self, file: str, notes: Mapping[str, Mapping]) -> None:
-        """Take in a shard that somebody else sealed; `notes` maps each of its tensors to plain data."""
+        """Take in a shard that another process sealed; `notes` maps each of its tensors to plain data."""
         if not self.shard(file).sealed() or notes.keys() != {slot.name for slot in self.files[file]}:
             raise RuntimeError(f"{file} is not the shard that was planned")
+        self._shards[file].close()
         self._notes[file] = {name: dict(its) for name, its in notes.items()}
         with self._disk():
             self._record(file)

@@ -16,7 +16,14 @@ from fusion.recipe import Curve, Override, Recipe
 from fusion.review import review
 from fusion.stages import merge_stages
 
-ENGINES: dict[str, Callable[..., Work[MergeResult]]] = {"local": merge_stages}
+
+def _on_ray(*args, **options) -> Work[MergeResult]:
+    from fusion.cluster import merge_on_ray  # an optional extra
+
+    return merge_on_ray(*args, **options)
+
+
+ENGINES: dict[str, Callable[..., Work[MergeResult]]] = {"local": merge_stages, "ray": _on_ray}
 
 
 def add(command) -> None:
@@ -41,6 +48,7 @@ def add(command) -> None:
     run.add_argument("--donor", metavar="NAME", help="gives tokenizer, chat template, generation config (default: pivot)")
     run.add_argument("--max-shard-gb", metavar="GB", type=float, default=5.0, help="largest shard (default 5)")
     run.add_argument("--engine", metavar="E", default="local", help=f"{', '.join(ENGINES)} (default local)")
+    run.add_argument("--ray-address", metavar="A", help="of the Ray cluster: auto or HOST:PORT (default: one is started)")
     run.add_argument("--review", action="store_true", help="then look at the result: distances, rounding, tokenizer, five prompts")
     run.add_argument("--resume", action="store_true", help="go on with a merge into this folder that was killed")
 
@@ -51,7 +59,9 @@ def _merge(options: argparse.Namespace) -> None:
         raise RecipeError(f"unknown engine {options.engine!r}", where="--engine", todo=nearest(options.engine, ENGINES))
     if not 0.001 <= options.max_shard_gb <= 1000:
         raise RecipeError(f"{options.max_shard_gb} GB is no sensible shard size", where="--max-shard-gb")
-    work = ENGINES[options.engine](stages, options.out, max_shard_bytes=int(options.max_shard_gb * 1e9), resume=options.resume)
+    where = {"address": options.ray_address} if options.engine == "ray" else {}
+    work = ENGINES[options.engine](stages, options.out, max_shard_bytes=int(options.max_shard_gb * 1e9), resume=options.resume,
+                                   **where)
     result = finish(work, show_progress(options.json))
     report = finish(review(result), show_progress(options.json)) if options.review else None
     before, after = result.parameters
