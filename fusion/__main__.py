@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, Terminated) as stopped:
         kept = "finished shards are kept for --resume" if getattr(options, "resume", False) else "nothing was left behind"
+        kept = "answers and verdicts are kept: the same command goes on" if getattr(options, "judge", None) else kept
         print(f"\nstopped; {kept}", file=sys.stderr)
         return 130 if isinstance(stopped, KeyboardInterrupt) else 143
     except BrokenPipeError:  # the reader of a pipe had enough, as `| head` does

@@ -49,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
             server.headers.append(dict(self.headers))
             server.busy += 1
             server.busiest = max(server.busy, server.busiest)
-            reply = server.reply(body)
+        reply = server.reply(body)
         status, headers, text = reply if isinstance(reply, tuple) else (
             200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}))
         with server.lock:
@@ -258,9 +258,9 @@ def by_length(body):
 
 
 def test_grades_make_a_table(questions, tmp_path, short):
-    with serving(by_length) as server:
-        done = finish(by_judge(MODELS, questions, endpoint(server), tmp_path / "out", baseline="pivot"))
-        assert len(server.requests) == 8 and server.busiest <= 4
+    with serving(lambda body: time.sleep(0.05) or by_length(body)) as server:
+        done = finish(by_judge(MODELS, questions, endpoint(server, concurrency=3), tmp_path / "out", baseline="pivot"))
+        assert len(server.requests) == 8 and server.busiest == 3
     pivot, qwen = done.table.rows
     assert done.table.columns == ("humanities", "math", "turn 1", "turn 2", "average")
     assert [cell.value for cell in pivot.cells] == [5, 4.5, 5, 4.5, 4.75]
@@ -349,3 +349,15 @@ def test_the_command_asks_real_models_and_a_stand_in(tmp_path, capsys):
     assert main(words) == 2 and "exists already" in capsys.readouterr().err
     assert main(["evaluate", PIVOT, "--judge", str(file)]) == 2 and "--endpoint" in capsys.readouterr().err
     assert main(["evaluate", PIVOT, "--pairwise"]) == 2
+
+
+def test_an_interrupted_command_says_what_is_kept(tmp_path, capsys, short, monkeypatch):
+    file = tmp_path / "question.jsonl"
+    file.write_text(json.dumps(QUESTIONS[0]))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("fusion.evaluate.judge._verdicts", interrupted)
+    words = ["evaluate", PIVOT, "--judge", str(file), "--endpoint", "http://127.0.0.1:9", "--judge-model", "m", "--out"]
+    assert main([*words, str(tmp_path / "out")]) == 130
+    assert "the same command goes on" in capsys.readouterr().err and (tmp_path / ".out.judging" / "lines.jsonl").stat().st_size
