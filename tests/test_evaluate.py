@@ -142,6 +142,16 @@ def test_perplexity_of_plain_text_counts_every_character(tmp_path):
     assert records[0]["characters"] == len(SAID) and not records[0]["truncated"]
 
 
+def test_plain_text_may_come_as_records(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in (SAID, " ", ASKED, "more")))
+    assert perplexity.read(str(file), 2).texts == (SAID, ASKED)
+    for line, kind in (('{"no": 1}', RecipeError), ("[1]", RecipeError), ("{", CheckpointError)):
+        file.write_text(json.dumps({"text": "x"}) + "\n" + line)
+        with pytest.raises(kind):
+            perplexity.read(str(file))
+
+
 def test_long_texts_are_read_in_windows_and_long_dialogues_are_flagged(tmp_path, monkeypatch):
     plain, talk = tmp_path / "data.txt", tmp_path / "data.json"
     plain.write_text(SAID)

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -78,29 +79,33 @@ def read(source: str, limit: int | None = None) -> Data:
     Raises CheckpointError, RecipeError when there is nothing in it.
     """
     path = Path(source).expanduser()
-    texts = _texts(path)
+    texts = _texts(path, limit)
     if texts is None:
         dialogues, report = load_dialogues(source, limit=limit)
         return Data(tuple(dialogues), (), tuple(its.origin for its in dialogues), str(report))
     if not texts:
         raise RecipeError("there is no text in it", where=source)
-    texts = texts[:limit]
     return Data((), tuple(texts), tuple(f"{path.name} piece {n}" for n in range(1, len(texts) + 1)), f"{len(texts)} texts")
 
 
-def _texts(path: Path) -> list[str] | None:
-    """The pieces of a plain-text file, None when it is not one."""
+def _texts(path: Path, limit: int | None) -> list[str] | None:
+    """The pieces of a plain-text file, None when it is not one: a .jsonl is, when its first record has a `text`."""
     if path.suffix not in (".txt", ".jsonl") or not path.is_file():
         return None
     try:
-        content = path.read_text(encoding="utf-8")
-        if path.suffix == ".txt":
-            return [piece for piece in content.split("\n\n") if piece.strip()]
-        records = [json.loads(line) for line in content.splitlines() if line.strip()]
+        with path.open(encoding="utf-8") as lines:
+            if path.suffix == ".txt":
+                return [piece for piece in lines.read().split("\n\n") if piece.strip()][:limit]
+            records = (json.loads(line) for line in lines if line.strip())
+            first = next(records, None)
+            if not isinstance(first, dict) or not isinstance(first.get("text"), str):
+                return None
+            texts = (record["text"] for record in chain([first], records))
+            return list(islice((text for text in texts if text.strip()), limit))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot be read ({str(error)[:200]})", where=str(path)) from error
-    texts = [record.get("text") if isinstance(record, Mapping) else None for record in records]
-    return [text for text in texts if text.strip()] if texts and all(isinstance(text, str) for text in texts) else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RecipeError("a record has no text, though the first one has", where=str(path)) from error
 
 
 def measure(models: Mapping[str, str], data: Data) -> Work[tuple[Scores, list[dict]]]:
