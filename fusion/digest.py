@@ -55,12 +55,17 @@ class TensorDigest:
         stored = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)
         if not len(stored):
             return
+        stop = start_byte + len(stored)
         words, first = _aligned(stored, start_byte), start_byte // 8
-        chunk = first // _WORDS
-        sums = np.zeros((-(-(start_byte + len(stored)) // CHUNK_BYTES) - chunk, 2), np.uint64)
-        compiled.loops().hash_words(words, first - chunk * _WORDS, _KEYS, sums)
+        chunk, end = start_byte // CHUNK_BYTES, -(-stop // CHUNK_BYTES)
+        if start_byte % CHUNK_BYTES == 0 and (stop % CHUNK_BYTES == 0 or stop == self.nbytes):  # whole chunks: nobody else's
+            compiled.loops().hash_words(words, 0, _KEYS, self._sums[chunk:end])
+        else:
+            sums = np.zeros((end - chunk, 2), np.uint64)
+            compiled.loops().hash_words(words, first - chunk * _WORDS, _KEYS, sums)
+            with self._lock:
+                self._sums[chunk:end] += sums
         with self._lock:
-            self._sums[chunk:chunk + len(sums)] += sums
             self._seen += len(stored)
 
     def value(self) -> str:
