@@ -107,6 +107,15 @@ def test_a_table_by_hand(right):
     assert (a.truncated, b.truncated, b.answers) == (0, 1, 6)
 
 
+def test_the_terminal_shows_the_interval_of_the_summary(right):
+    table = from_scores(right, "b")
+    line = table.text().splitlines()[4]
+    assert line.startswith("a") and line.count("[") == 2 and "62.5 [" in line and "75.0 [" not in line
+    assert table.markdown().count("[") == 2 * 3 + 1
+    lines = list(csv.DictReader(io.StringIO(table.csv())))
+    assert [(row["column"], row["p"]) for row in lines if row["p"]] == [("average", "0.5"), ("vs b %", "0.5")]
+
+
 def test_cut_off_answers_are_flagged_in_every_form(right):
     table = from_scores(right)
     assert "1/6 ⚠" in table.markdown() and "1/6 ⚠" in table.text() and "1 of 12 answers were cut off" in table.markdown()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusion.evaluate.scores import AVERAGE, Scores
+from fusion.evaluate.scores import Scores
 from fusion.evaluate.statistics import DRAWS, percentiles
 from fusion.tables import table as plain_table
 
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its intervals; `notes` say how they were made."""
+    """A table with its intervals; `notes` say how they were made, `summary` names the column that is compared and tested."""
 
     title: str
     unit: str
@@ -55,10 +55,12 @@ class Table:
     digits: int
     notes: tuple[str, ...] = ()
     baseline: str | None = None
+    summary: str = ""
 
     def to_dict(self) -> dict:
         """Plain data for a page or a JSON file."""
         return {"title": self.title, "unit": self.unit, "columns": list(self.columns), "baseline": self.baseline,
+                "summary": self.summary,
                 "notes": list(self.notes), "rows": [
                     {"model": row.model,
                      "cells": {name: cell.to_dict() for name, cell in zip(self.columns, row.cells, strict=True)},
@@ -74,10 +76,11 @@ class Table:
         return "\n".join([f"### {self.title}" + (f" ({self.unit})" if self.unit else ""), "", *lines, "", *notes, ""])
 
     def text(self) -> str:
-        """The table for a terminal, which is narrow: intervals only where there is a single column or a summary of several."""
-        short = {name for name in self.columns if len(self.columns) > 1 and name != AVERAGE}
+        """The table for a terminal, which is narrow: of many columns only the summary has its interval."""
+        short = set(self.columns) - {self.summary} if self.summary and len(self.columns) > 2 else ()
         head, rows = self._texts(short)
-        return "\n".join([plain_table(head, rows), *self.notes])
+        title = self.title + (f" ({self.unit})" if self.unit else "")
+        return "\n".join([title, "", plain_table(head, rows), "", *self.notes])
 
     def csv(self) -> str:
         """One line per model and column: model, column, value, low, high, then what was counted."""
@@ -88,7 +91,7 @@ class Table:
             cells = [*zip(self.columns, row.cells, strict=True)]
             cells += [(f"vs {self.baseline} %", row.versus)] if row.versus else []
             for column, cell in cells:
-                p = row.p if column in (AVERAGE, f"vs {self.baseline} %") else None
+                p = row.p if column in (self.summary, f"vs {self.baseline} %") else None
                 writer.writerow([_safe(row.model), _safe(column), *map(_number, (cell.value, cell.low, cell.high, p)), row.answers,
                                  "" if row.truncated is None else row.truncated, row.missing])
         return out.getvalue()
@@ -134,7 +137,7 @@ def from_scores(scores: Scores, baseline: str | None = None, *, digits: int = 1,
         cut, missing = int(scores.truncated[m, answers].sum()), int(np.isnan(scores.values[m, answers]).sum())
         rows.append(Row(model, cells, versus, p, len(answers), cut, missing))
     notes = (*_notes(scores, baseline, draws, seed), *notes)
-    return Table(scores.title, scores.unit, columns, tuple(rows), digits, notes, baseline)
+    return Table(scores.title, scores.unit, columns, tuple(rows), digits, notes, baseline, scores.summary)
 
 
 def _change(points: np.ndarray, samples: np.ndarray, model: int, against: int) -> Cell:
