@@ -91,6 +91,7 @@ class Bench:
     def baseline(self, name: str, commands: Iterator[list[str]]) -> None:
         """Measure what another tool needs for one merge, all its commands together."""
         parts = [run(command) for command in commands]
+        print(f"{name}: {sum(part.seconds for part in parts):.1f} s", file=sys.stderr, flush=True)
         self.runs[name].append(Run(sum(part.seconds for part in parts), sum(part.processor for part in parts),
                                    max(part.anonymous for part in parts), ""))
 
@@ -193,6 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     checked = {}
     read_in_order(bench.folders)  # into the page cache
     for number in range(options.runs):
+        print(f"round {number + 1} of {options.runs}", file=sys.stderr, flush=True)
         for method in methods:
             out = bench.ours(method)
             if not number and not options.linked:
