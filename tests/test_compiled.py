@@ -157,6 +157,18 @@ def test_elections_and_sums_of_those_that_agree_are_the_same(kernels, n, count, 
     assert dtypes.encode(totals[0], "F32").tobytes() == dtypes.encode(totals[1], "F32").tobytes()
 
 
+@settings(max_examples=60)
+@given(n=st.sampled_from([1, 7, 2048, 5000]), count=st.integers(1, 5), seed=st.integers(0, 999))
+def test_spreads_are_the_same(kernels, n, count, seed):
+    deltas = np.stack([numbers(n, seed + j) for j in range(count)])
+    deltas[:, ::3] = deltas[0, ::3]
+    spreads = np.zeros((2, n), np.float32)
+    for m, loops in enumerate((kernels, twins)):
+        loops.spread(deltas, spreads[m])
+    assert spreads[0].tobytes() == spreads[1].tobytes()
+    assert spreads[0] == pytest.approx(deltas.astype(float).std(axis=0), rel=1e-6, abs=1e-30)
+
+
 def test_every_loop_has_its_twin(kernels):
     public = {name for name, value in vars(twins).items() if callable(value) and value.__module__ == twins.__name__
               and not name.startswith("_")}

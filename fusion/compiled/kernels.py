@@ -319,6 +319,29 @@ def add_agreeing(deltas, sign, table, total):
             turned_out[i] ^= its_sign[i]
 
 
+@_compile(types.void(DELTAS, NUMBERS))
+def spread(deltas, out):
+    """See `twins.spread`."""
+    mean, total, count = np.empty(TILE), np.empty(TILE), np.float64(len(deltas))
+    for start in range(0, len(out), TILE):
+        m = min(TILE, len(out) - start)
+        mean[:m], total[:m] = 0, 0
+        for j in range(len(deltas)):
+            its = deltas[j, start:start + m]
+            for i in range(m):
+                mean[i] += np.float64(its[i])
+        for i in range(m):
+            mean[i] /= count
+        for j in range(len(deltas)):
+            its = deltas[j, start:start + m]
+            for i in range(m):
+                apart = np.float64(its[i]) - mean[i]
+                total[i] += apart * apart
+        part = out[start:start + m]
+        for i in range(m):
+            part[i] = np.float32(np.sqrt(total[i] / count))
+
+
 @_compile(types.void(_read_only(types.uint64, 1), types.int64, _read_only(types.uint64, 2), types.uint64[:, ::1]))
 def hash_words(words, first, keys, sums):
     """See `twins.hash_words`."""

@@ -176,6 +176,25 @@ def add_agreeing(deltas: np.ndarray, sign: np.ndarray, table: np.ndarray, total:
     total.view(np.uint32)[:] ^= sign
 
 
+def spread(deltas: np.ndarray, out: np.ndarray) -> None:
+    """Write the standard deviation over the targets of every element of `deltas` [J, n] float32 into `out` [n] float32.
+
+    Computed in float64 from the deviations, in the order of the targets.
+    """
+    n = len(out)
+    mean, total, apart = (_numbers(name, n, np.float64) for name in ("mean", "total", "apart"))
+    np.copyto(mean, deltas[0])
+    for its in deltas[1:]:
+        mean += its
+    mean /= len(deltas)
+    total[:] = 0
+    for its in deltas:
+        np.subtract(its, mean, out=apart)
+        total += np.square(apart, out=apart)
+    total /= len(deltas)
+    np.copyto(out, np.sqrt(total, out=total), casting="same_kind")
+
+
 def hash_words(words: np.ndarray, first: int, keys: np.ndarray, sums: np.ndarray) -> None:
     """Add Σ wordᵢ·keyᵢ mod 2⁶⁴ to the two sums of every chunk; see `fusion.digest`.
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import numpy as np
 
+from fusion import compiled
 from fusion.methods.lanes import lane_squares
 from fusion.methods.method import About
 from fusion.methods.pipeline import changes, majority, sum_agreeing
 from fusion.methods.select import Cut, Selection, Top, magnitude_bits
-from fusion.methods.stack import BLOCK, Stack, steady
+from fusion.methods.stack import Stack, steady
 
 Divide = Callable[[np.ndarray], np.ndarray]
 DIVIDE: dict[str, Divide | None] = {  # what the sum of the surviving weights is divided by
@@ -38,14 +38,13 @@ def sce(tensor: Stack, weights: np.ndarray, *,
     less than 1e-6, as they do for ordinary fine-tunes, and int(τ·n) = 0 selects nothing. "authors": the same division, but
     the selection only affects η, the changes of all numbers are merged; equal η when all changes are 0.
     """
-    work = np.empty((3, min(math.prod(tensor.shape), BLOCK)))
-    cut = select(tensor, select_topk, compat, work) if select_topk < 1 else None
-    eta = shares_of(*energies(tensor, cut, work), compat)
+    cut = select(tensor, select_topk, compat) if select_topk < 1 else None
+    eta = shares_of(*energies(tensor, cut), compat)
     top = Top(cut) if cut and compat != "authors" else None
     for block in steady(tensor):
         deltas = np.subtract(block.models, block.pivot, out=block.models)
         if top:
-            deltas *= top.mask(spread_bits(deltas, work))
+            deltas *= top.mask(spread_bits(deltas))
         sign = majority(deltas)
         deltas *= eta.astype(np.float32)[:, None]
         merged = sum_agreeing(deltas, sign, eta, DIVIDE[compat])
@@ -53,11 +52,11 @@ def sce(tensor: Stack, weights: np.ndarray, *,
         yield merged
 
 
-def select(tensor: Stack, topk: float, compat: str, work: np.ndarray) -> Cut | None:
+def select(tensor: Stack, topk: float, compat: str) -> Cut | None:
     """Where the variances that are selected end, exactly; None = all are selected."""
     chosen, differ = Selection(), 0
     for deltas in changes(tensor):
-        bits = spread_bits(deltas, work)
+        bits = spread_bits(deltas)
         differ += int(np.count_nonzero(bits))
         chosen.count(bits)
     if compat == "paper":
@@ -68,35 +67,24 @@ def select(tensor: Stack, topk: float, compat: str, work: np.ndarray) -> Cut | N
         count = int(np.float32(differ) * np.float32(topk))  # as torch rounds it
     chosen.aim([count])
     for deltas in changes(tensor):
-        chosen.refine(spread_bits(deltas, work))
+        chosen.refine(spread_bits(deltas))
     return chosen.cuts()[0]
 
 
-def spread_bits(deltas: np.ndarray, work: np.ndarray) -> np.ndarray:
-    """The bits of the standard deviation over the targets of every element of [J, n], which sort as the variances do.
-
-    `work` [3, at least n] float64 to compute in.
-    """
-    mean, total, apart = work[:, :deltas.shape[1]]
-    np.copyto(mean, deltas[0])
-    for its in deltas[1:]:
-        mean += its
-    mean /= len(deltas)
-    total[:] = 0
-    for its in deltas:
-        np.subtract(its, mean, out=apart)
-        total += np.square(apart, out=apart)
-    total /= len(deltas)
-    return magnitude_bits(np.sqrt(total, out=total).astype(np.float32))
+def spread_bits(deltas: np.ndarray) -> np.ndarray:
+    """The bits of the standard deviation over the targets of every element of [J, n], which sort as the variances do."""
+    spread = np.empty(deltas.shape[1], np.float32)
+    compiled.loops().spread(np.ascontiguousarray(deltas), spread)
+    return magnitude_bits(spread)
 
 
-def energies(tensor: Stack, cut: Cut | None, work: np.ndarray) -> tuple[np.ndarray, int]:
+def energies(tensor: Stack, cut: Cut | None) -> tuple[np.ndarray, int]:
     """Σδ̂ⱼ² of the selected changes [J] in float64, and the number of elements."""
     total, size, top = np.zeros(tensor.count), 0, Top(cut) if cut else None
     for deltas in changes(tensor):
         size += deltas.shape[1]
         if top:
-            deltas *= top.mask(spread_bits(deltas, work))
+            deltas *= top.mask(spread_bits(deltas))
         total += [lane_squares(its) for its in deltas]
     return total, size
 
