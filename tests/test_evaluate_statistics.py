@@ -163,6 +163,9 @@ def test_radar_data_and_drawing(right):
     assert data["series"][0]["values"] == [100, 50, 50] and data["series"][0]["model"] == "a"
     drawn = figure(data)
     assert list(drawn.data[0].r) == [100, 50, 50, 100] and drawn.data[1].name == "b"
+    assert drawn.layout.polar.radialaxis.ticksuffix == "%"
+    graded = radar(from_scores(Scores(**{**vars(wide), "unit": "1 to 10", "scale": 1.0})))
+    assert graded["range"] == [0, 10] and figure(graded).layout.polar.radialaxis.ticksuffix == ""
 
 
 def test_written_whole_and_never_over_something(right, tmp_path):

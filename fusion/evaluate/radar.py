@@ -10,6 +10,7 @@ from fusion.evaluate.scores import AVERAGE
 from fusion.evaluate.tables import Table
 
 _COLORS = ("#2563eb", "#d97706", "#059669", "#c026d3", "#dc2626", "#0891b2", "#65a30d", "#7c3aed")
+_FULL = {"%": 100.0, "1 to 10": 10.0}
 
 
 def radar(table: Table) -> dict:
@@ -25,7 +26,7 @@ def radar(table: Table) -> dict:
                                       for key, field in (("values", "value"), ("low", "low"), ("high", "high"))}}
               for row in table.rows]
     known = [value for its in series for value in its["values"] if value is not None]
-    top = 100.0 if table.unit == "%" else math.ceil(max(known, default=1.0))
+    top = _FULL.get(table.unit) or math.ceil(max(known, default=1.0))
     return {"title": table.title, "unit": table.unit, "axes": axes, "range": [0.0, float(top)], "series": series}
 
 
@@ -42,6 +43,8 @@ def figure(data: dict) -> Any:
         drawn.add_trace(go.Scatterpolar(
             r=[*values, *values[:1]], theta=[*axes, *axes[:1]], name=its["model"], mode="lines+markers", marker={"size": 5},
             line={"color": color, "width": 2}, hovertemplate="%{theta}: %{r:.2f}<extra>%{fullData.name}</extra>"))
-    drawn.update_layout(title=data["title"], polar={"radialaxis": {"range": data["range"], "ticksuffix": data["unit"]}},
-                        paper_bgcolor="rgba(0,0,0,0)", legend={"orientation": "h"}, margin={"t": 60, "b": 40})
+    radial = {"range": data["range"], "ticksuffix": "%" if data["unit"] == "%" else "", "angle": 90, "tickangle": 90}
+    angular = {"rotation": 90, "direction": "clockwise"}  # the first domain stands at the top
+    drawn.update_layout(title=data["title"], polar={"radialaxis": radial, "angularaxis": angular}, paper_bgcolor="rgba(0,0,0,0)",
+                        legend={"orientation": "h"}, margin={"t": 60, "b": 40})
     return drawn
