@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusion import dtypes
+from fusion import compiled, dtypes
 from fusion.adapter_settings import CONFIG, MERGE_IT, SAVE_AGAIN, read_settings, scale_of, wants_text, weights_file
 from fusion.anatomy import place
 from fusion.checkpoint import Checkpoint, file_marks, resized, sampled
@@ -157,10 +157,8 @@ class Adapted(View):
         step = max(1, _CHUNK // columns)
         for first in range(start // columns, -(-stop // columns), step):
             rows = left[first:min(first + step, -(-stop // columns))]
-            delta, term = np.zeros((2, len(rows), columns), np.float32)
-            for k in range(len(right)):
-                np.multiply(rows[:, k, None], right[k], out=term)
-                delta += term
+            delta = np.empty((len(rows), columns), np.float32)
+            compiled.loops().multiply(rows, right, delta)
             delta *= np.float32(self._thin[name].scale)
             begin, end = max(start, first * columns), min(stop, (first + len(rows)) * columns)
             block[begin - start:end - start] += delta.reshape(-1)[begin - first * columns:end - first * columns]

@@ -169,6 +169,16 @@ def test_spreads_are_the_same(kernels, n, count, seed):
     assert spreads[0] == pytest.approx(deltas.astype(float).std(axis=0), rel=1e-6, abs=1e-30)
 
 
+@given(rows=st.integers(1, 5), rank=st.integers(1, 9), columns=st.sampled_from([1, 7, 2048, 2500]), seed=st.integers(0, 99))
+def test_thin_products_are_the_same(kernels, rows, rank, columns, seed):
+    left, right = numbers(rows * rank, seed).reshape(rows, rank), numbers(rank * columns, seed + 1).reshape(rank, columns)
+    products = np.ones((2, rows, columns), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for m, loops in enumerate((kernels, twins)):
+            loops.multiply(left, right, products[m])
+    assert dtypes.encode(products[0], "F32").tobytes() == dtypes.encode(products[1], "F32").tobytes()
+
+
 def test_every_loop_has_its_twin(kernels):
     public = {name for name, value in vars(twins).items() if callable(value) and value.__module__ == twins.__name__
               and not name.startswith("_")}

@@ -342,6 +342,21 @@ def spread(deltas, out):
             part[i] = np.float32(np.sqrt(total[i] / count))
 
 
+@_compile(types.void(DELTAS, DELTAS, types.float32[:, ::1]))
+def multiply(left, right, out):
+    """See `twins.multiply`."""
+    columns = right.shape[1]
+    for start in range(0, columns, TILE):
+        m = min(TILE, columns - start)
+        for row in range(len(left)):
+            part = out[row, start:start + m]
+            part[:] = 0
+            for k in range(len(right)):
+                factor, its = left[row, k], right[k, start:start + m]
+                for i in range(m):
+                    part[i] += factor * its[i]
+
+
 @_compile(types.void(_read_only(types.uint64, 1), types.int64, _read_only(types.uint64, 2), types.uint64[:, ::1]))
 def hash_words(words, first, keys, sums):
     """See `twins.hash_words`."""

@@ -195,6 +195,18 @@ def spread(deltas: np.ndarray, out: np.ndarray) -> None:
     np.copyto(out, np.sqrt(total, out=total), casting="same_kind")
 
 
+def multiply(left: np.ndarray, right: np.ndarray, out: np.ndarray) -> None:
+    """Write the product of `left` [rows, r] and `right` [r, columns] into `out`, float32, added up in the order of r.
+
+    For a few rows at a time; no BLAS, whose results depend on the number of threads.
+    """
+    term = np.empty_like(out)
+    out[:] = 0
+    for k in range(len(right)):
+        np.multiply(left[:, k, None], right[k], out=term)
+        out += term
+
+
 def hash_words(words: np.ndarray, first: int, keys: np.ndarray, sums: np.ndarray) -> None:
     """Add Σ wordᵢ·keyᵢ mod 2⁶⁴ to the two sums of every chunk; see `fusion.digest`.
 
