@@ -12,9 +12,10 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 
+from components.inspecting import Stops, watched
 from components.reports import merges
 from components.state import Selection
-from components.status import bar, error_note, note
+from components.status import note
 from components.studio import Studio
 from fusion import FusionError, Recipe, RecipeError, place
 from fusion.compare import Comparison, Difference, compare, compare_recipes, recipe_of
@@ -38,14 +39,16 @@ def build(studio: Studio, page: gr.Blocks, selection: gr.State) -> None:
                 padding=False)
         result = gr.HTML("", elem_id="comparison", padding=False)
 
-    def show(one: str | None, other: str | None, now: Selection) -> Iterator[list]:
-        """Compare two merges or models: their recipes, and their matrices where both are folders."""
-        yield from _shown(studio, one, other, now)
+    stops = Stops()
 
-    running = run.click(show, [first, second, selection], [result, run, stop], api_name="compare", show_progress="hidden",
-                        concurrency_limit=2)
-    halted = [note("warning", "The comparison was stopped."), gr.Button(interactive=True), gr.Button(visible=False)]
-    stop.click(lambda: halted, None, [result, run, stop], cancels=[running], **_QUIET)
+    def show(one: str | None, other: str | None, now: Selection, request: gr.Request) -> Iterator[list]:
+        """Compare two merges or models: their recipes, and their matrices where both are folders."""
+        for html, running in watched(stops.drive(compared(studio, one, other, now), request.session_hash), str):
+            yield [html, gr.Button(interactive=not running), gr.Button(visible=running)]
+
+    run.click(show, [first, second, selection], [result, run, stop], api_name="compare", show_progress="hidden",
+              concurrency_limit=2)
+    stop.click(stops.stop, None, None, queue=False, **_QUIET)
     gr.on([page.load, selection.change, first.focus, second.focus], lambda now: [gr.Dropdown(choices(studio, now))] * 2, selection,
           [first, second], **_QUIET)
 
@@ -57,25 +60,18 @@ def choices(studio: Studio, now: Selection) -> list[tuple[str, str]]:
     return saved + [(entry.title, entry.key) for entry in studio.entries() if entry.key not in known]
 
 
-def _shown(studio: Studio, one: str | None, other: str | None, now: Selection) -> Iterator[list]:
-    """Compare and show; yields [result, compare, stop]."""
-    work, idle = compared(studio, one, other, now), [gr.Button(interactive=True), gr.Button(visible=False)]
-    try:
-        while True:
-            yield [bar(next(work)), gr.Button(interactive=False), gr.Button(visible=True)]
-    except StopIteration as end:
-        yield [end.value, *idle]
-    except FusionError as error:
-        yield [error_note(_plain(studio, str(error))), *idle]
-    finally:
-        work.close()
-
-
 def compared(studio: Studio, one: str | None, other: str | None, now: Selection) -> Work[str]:
     """Compare two keys of `choices`; returns HTML. RecipeError for other keys, for one twice, and where nothing can be compared."""
-    known = {key for _, key in choices(studio, now)}
+    known = [key for _, key in choices(studio, now)]
     if one not in known or other not in known or one == other:
         raise RecipeError("two different merges or models are needed", where="Compare", todo="Pick one in each menu.")
+    try:
+        return (yield from _compared(studio, one, other, now))
+    except FusionError as error:  # a stranger learns the title, not the path
+        raise RecipeError(_plain(studio, str(error))) from error
+
+
+def _compared(studio: Studio, one: str, other: str, now: Selection) -> Work[str]:
     in_memory, titles = {merge.key for merge in now.merges}, (studio.title(one), studio.title(other))
     if in_memory.isdisjoint((one, other)):
         report = yield from compare(studio.entry(one).folder, studio.entry(other).folder)
@@ -104,12 +100,12 @@ def _plain(studio: Studio, text: str) -> str:
 
 def comparison_html(report: Comparison, titles: tuple[str, str], plain=str) -> str:
     """A comparison of two folders as one card; every text in it is escaped."""
-    total = report.totals
-    same = "They hold the same numbers." if report.same_weights else \
-        f"{titles[1]} lies {total['distance']:.2%} of its norm from {titles[0]}." if total["distance"] is not None else ""
-    said = [note("good" if report.same_weights else "warning", same)] if same else []
-    if total["cosine"] is not None:
-        said.append(note("good", f"Cosine of what both changed in {report.pivot}: {total['cosine']:.4f}."))
+    total, lead = report.totals, "They hold the same numbers."
+    if not report.same_weights:
+        far = "" if total["distance"] is None else f"{titles[1]} lies {total['distance']:.2%} of the norm from {titles[0]}. "
+        near = "" if total["cosine"] is None else f"Cosine of what both changed in {report.pivot}: {total['cosine']:.4f}."
+        lead = far + near
+    said = [f"<p class='fs-apart'>{escape(lead)}</p>"]
     said += [note("warning", plain(text)) for text in report.notes]
     said += [note("warning", f"{len(only)} matrices are only in {title}, first {only[0]}.")
              for title, only in zip(titles, report.only, strict=True) if only]
@@ -159,9 +155,9 @@ def _matrices(report: Comparison) -> str:
                    f"<td>{f'{cosine[t]:.4f}' if np.isfinite(cosine[t]) else '–'}</td></tr>" for t in order)
     return ("<h4>Matrices</h4><p class='fs-lead'>‖second − first‖ ÷ ‖first‖; the cosine is that of both changes from the common "
             f"pivot.</p>{bars}<details><summary>The {len(order)} that lie farthest apart</summary>"
-            f"{_table(('matrix', 'distance', 'cosine'), rows)}</details>")
+            f"{_table(('matrix', 'distance', 'cosine'), rows, ' fs-numbers')}</details>")
 
 
-def _table(head: tuple[str, ...], rows: str) -> str:
+def _table(head: tuple[str, ...], rows: str, kind: str = "") -> str:
     cells = "".join(f"<th scope='col'>{escape(text)}</th>" for text in head)
-    return f"<div class='fs-table' tabindex='0'><table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table></div>"
+    return f"<div class='fs-table{kind}' tabindex='0'><table><thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table></div>"

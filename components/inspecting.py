@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import TypeVar
 
+import gradio as gr
+
 from components.state import Selection, Settings
+from components.status import bar, error_note, note
 from components.studio import Studio
+from fusion.errors import FusionError, Stopped
 from fusion.inspection import Inspection, Preview, inspect, preview
 from fusion.progress import Progress, Work
 from fusion.variation import Variation
@@ -104,6 +108,48 @@ class Looks:
             self._kept[key] = found
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
+
+
+class Stops:
+    """Long work that visitors can stop, by session; unlike with Gradio's `cancels=` the work has the last word on the page."""
+
+    def __init__(self):
+        self._events: dict[threading.Event, str] = {}
+
+    def drive(self, work: Work[Found], session: str | None) -> Work[Found]:
+        """Run work until this session stops it, which raises Stopped."""
+        event = threading.Event()
+        self._events[event] = session or ""
+        try:
+            while not event.is_set():
+                yield next(work)
+            raise Stopped("stopped")
+        except StopIteration as end:
+            return end.value
+        finally:
+            work.close()
+            del self._events[event]
+
+    def stop(self, request: gr.Request) -> None:
+        """Ask everything of this visitor to stop at its next step."""
+        for event, session in tuple(self._events.items()):
+            if session == (request.session_hash or ""):
+                event.set()
+
+
+def watched(work: Work[Found], drawn: Callable[[Found], str]) -> Iterator[tuple[str, bool]]:
+    """Long work as HTML and whether it still runs: a bar, then what was found, what went wrong, or that it was stopped."""
+    try:
+        while True:
+            yield bar(next(work)), True
+    except StopIteration as end:
+        yield drawn(end.value), False
+    except Stopped:
+        yield note("warning", "Stopped."), False
+    except FusionError as error:
+        yield error_note(str(error)), False
+    finally:
+        work.close()
 
 
 def _wait(turn: threading.Lock) -> Work[None]:

@@ -13,9 +13,8 @@ import gradio as gr
 import numpy as np
 from gradio.events import Dependency
 
-from components.inspecting import AT_ONCE_BYTES
+from components.inspecting import AT_ONCE_BYTES, Stops, watched
 from components.state import COLORS, Selection
-from components.status import bar, error_note, note
 from components.studio import Studio
 from fusion import FusionError, RecipeError, place
 from fusion.progress import Work
@@ -52,26 +51,24 @@ def lay_out(studio: Studio, now: Selection) -> ReportBox:
 
 def bind(studio: Studio, page: gr.Blocks, selection: gr.State, box: ReportBox, saved: Dependency, name: gr.Textbox) -> None:
     """Bind the panel; `saved` is the event that ends with a saved folder of this `name`."""
-    outputs = [box.report, box.check, box.stop]
+    outputs, stops = [box.report, box.check, box.stop], Stops()
 
-    def check(key: str | None, now: Selection) -> Iterator[list]:
+    def check(key: str | None, now: Selection, request: gr.Request) -> Iterator[list]:
         """Check a merge, in memory or saved: distances to its parents, numbers, tokenizer, five prompts."""
-        yield from _shown(studio, key, now)
+        yield from _shown(stops.drive(reviewed(studio, key, now), request.session_hash))
 
-    def check_saved(title: str, now: Selection) -> Iterator[list]:
+    def check_saved(title: str, now: Selection, request: gr.Request) -> Iterator[list]:
         """Show what was just saved, if it is small and was saved indeed."""
         key = next((one.key for one in studio.entries() if one.key == f"outputs/{str(title).strip()}"), None)
         if key is None or studio.public or not small(studio, key):
             yield [gr.skip()] * 4
             return
-        for shown in _shown(studio, key, now):
+        for shown in _shown(stops.drive(reviewed(studio, key, now), request.session_hash)):
             yield [*shown, gr.Dropdown(merges(studio, now), value=key)]
 
-    running = box.check.click(check, [box.which, selection], outputs, api_name="check_merge", show_progress="hidden",
-                              concurrency_limit=2)
-    by_itself = saved.success(check_saved, [name, selection], [*outputs, box.which], concurrency_limit=2, **_QUIET)
-    box.stop.click(lambda: [note("warning", "The check was stopped."), gr.Button(interactive=True), gr.Button(visible=False)], None,
-                   outputs, cancels=[running, by_itself], **_QUIET)
+    box.check.click(check, [box.which, selection], outputs, api_name="check_merge", show_progress="hidden", concurrency_limit=2)
+    saved.success(check_saved, [name, selection], [*outputs, box.which], concurrency_limit=2, **_QUIET)
+    box.stop.click(stops.stop, None, None, queue=False, **_QUIET)
     gr.on([page.load, selection.change], lambda now: _menu(studio, now), selection, box.which, **_QUIET)
 
 
@@ -91,24 +88,15 @@ def small(studio: Studio, key: str) -> bool:
     return studio.checkpoint(key).nbytes <= AT_ONCE_BYTES
 
 
-def _shown(studio: Studio, key: str | None, now: Selection) -> Iterator[list]:
-    """Check a merge and show it; yields [report, check, stop]."""
-    work = reviewed(studio, key, now)
-    idle = [gr.Button(interactive=True), gr.Button(visible=False)]
-    try:
-        while True:
-            yield [bar(next(work)), gr.Button(interactive=False), gr.Button(visible=True)]
-    except StopIteration as end:
-        yield [report_html(*end.value), *idle]
-    except FusionError as error:
-        yield [error_note(str(error)), *idle]
-    finally:
-        work.close()
+def _shown(work: Work[tuple[Review, str]]) -> Iterator[list]:
+    """Show a check while it runs and what it found; yields [report, check, stop]."""
+    for html, running in watched(work, lambda found: report_html(*found)):
+        yield [html, gr.Button(interactive=not running), gr.Button(visible=running)]
 
 
 def reviewed(studio: Studio, key: str | None, now: Selection) -> Work[tuple[Review, str]]:
     """Review a merge by its key, with answers of the pool's model; returns it with its title. RecipeError for other keys."""
-    if key not in {known for _, known in merges(studio, now)}:
+    if not isinstance(key, str) or key not in {known for _, known in merges(studio, now)}:
         raise RecipeError("no merge is picked", todo="Press Merge and try, or Save, and check the result here.")
     title = studio.title(key)
     if key.startswith("outputs/"):

@@ -17,12 +17,13 @@ from gradio.processing_utils import save_bytes_to_cache
 from components import figures
 from components.closer import closer_look, red_flags
 from components.heatmap import Grid, heatmap, parse_edit, payload, standalone_html
-from components.inspecting import Looks
+from components.inspecting import Looks, Stops
 from components.models import at_a_glance
 from components.state import Selection, Settings
 from components.status import bar, error_note, note
 from components.studio import Studio
 from fusion import GRANULARITIES, MEASURES, METHODS, FusionError, RecipeError, Variation, effective_weights
+from fusion.errors import Stopped
 from fusion.inspection import Inspection, Preview
 from fusion.progress import Work
 from fusion.weights import WeightPlan, give_weight
@@ -133,52 +134,52 @@ def _bind(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Sta
 def _bind_work(studio: Studio, looks: Looks, selection: gr.State, settings: gr.State, found: gr.State, seen: Dependency,
                tab: VariationTab) -> None:
     """Bind what takes long: an estimate is refined by itself unless it was stopped, the rest is asked for."""
-    stopped = gr.State(())  # the models whose measuring this visitor stopped
+    halted, stops = gr.State(()), Stops()  # `halted`: the models whose measuring this visitor stopped
 
-    def refine(now: Selection, count: int, halted: tuple) -> Iterator[list]:
+    def refine(now: Selection, count: int, halted: tuple, request: gr.Request) -> Iterator[list]:
         try:
-            wanted = bool(now.pivot and now.targets) and (now.pivot, *now.targets) != halted and studio.measured(now) is None \
+            wanted = bool(now.pivot and now.targets) and models_of(now) != halted and studio.measured(now) is None \
                 and looks.sampled(now) is not None and not looks.measuring(now)
         except FusionError:  # `_look` says what is wrong
             wanted = False
-        if wanted:
-            yield from _working(looks.measure(now), count)
-        else:
-            yield [gr.skip()] * 4
+        yield from _working(stops.drive(looks.measure(now), request.session_hash), count, now) if wanted else [[gr.skip()] * 5]
 
-    def measure_now(now: Selection, count: int) -> Iterator[list]:
+    def measure_now(now: Selection, count: int, request: gr.Request) -> Iterator[list]:
         """Measure the selected models exactly."""
-        yield from _working(looks.measure(now), count)
+        yield from _working(stops.drive(looks.measure(now), request.session_hash), count, now)
 
-    def look_closer(now: Selection, wish: Settings, count: int) -> Iterator[list]:
+    def look_closer(now: Selection, wish: Settings, count: int, request: gr.Request) -> Iterator[list]:
         """Inspect the selected models: relative change, stable rank, rounding, cosines, sign conflict."""
-        yield from _working(looks.inspect(now, wish), count)
+        yield from _working(stops.drive(looks.inspect(now, wish), request.session_hash), count, now)
 
-    def stop(now: Selection) -> list:
-        text = note("warning", "Stopped. What was known before is still shown.")
-        return [(now.pivot, *now.targets), gr.HTML(text, visible=True), gr.Button(visible=False), gr.Button(interactive=True),
-                gr.Button(interactive=True)]
-
-    outputs = [tab.status, tab.stop, tab.ask, found]
-    refining = seen.then(refine, [selection, found, stopped], outputs, **_QUIET)
-    asked = tab.ask.click(measure_now, [selection, found], outputs, concurrency_limit=2, **_QUIET)
-    closer = tab.closer.click(look_closer, [selection, settings, found], [tab.status, tab.stop, tab.closer, found],
-                              concurrency_limit=2, **_QUIET)
-    tab.stop.click(stop, selection, [stopped, tab.status, tab.stop, tab.ask, tab.closer], cancels=[refining, asked, closer],
-                   **_QUIET)
+    outputs = [tab.status, tab.stop, tab.ask, found, halted]
+    seen.then(refine, [selection, found, halted], outputs, **_QUIET)
+    tab.ask.click(measure_now, [selection, found], outputs, concurrency_limit=2, **_QUIET)
+    tab.closer.click(look_closer, [selection, settings, found], [tab.status, tab.stop, tab.closer, found, halted],
+                     concurrency_limit=2, **_QUIET)
+    tab.stop.click(stops.stop, None, None, queue=False, **_QUIET)
 
 
-def _working(work: Work, count: int) -> Iterator[list]:
-    """Show long work; yields [status, stop, the button that began it, count of looks that ended]."""
+def _working(work: Work, count: int, now: Selection) -> Iterator[list]:
+    """Show long work; yields [status, stop, the button that began it, count of looks that ended, models that were stopped]."""
+    idle = [gr.Button(visible=False), gr.Button(interactive=True)]
     try:
         while True:
-            yield [gr.HTML(bar(next(work)), visible=True), gr.Button(visible=True), gr.Button(interactive=False), gr.skip()]
+            yield [gr.HTML(bar(next(work)), visible=True), gr.Button(visible=True), gr.Button(interactive=False), gr.skip(), ()]
     except StopIteration:
-        yield [gr.HTML("", visible=False), gr.Button(visible=False), gr.Button(interactive=True), count + 1]
+        yield [gr.HTML("", visible=False), *idle, count + 1, ()]
+    except Stopped:
+        text = note("warning", "Stopped. What was known before is still shown.")
+        yield [gr.HTML(text, visible=True), *idle, gr.skip(), models_of(now)]
     except FusionError as error:
-        yield [gr.HTML(error_note(str(error)), visible=True), gr.Button(visible=False), gr.Button(interactive=True), gr.skip()]
+        yield [gr.HTML(error_note(str(error)), visible=True), *idle, gr.skip(), gr.skip()]
     finally:
         work.close()
+
+
+def models_of(now: Selection) -> tuple[str, ...]:
+    """The models that are measured together."""
+    return (now.pivot, *now.targets)
 
 
 def _known(value: str, known: tuple[str, ...]) -> str:
