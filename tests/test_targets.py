@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusion import CheckpointError, RecipeError, demo
+from fusion import Checkpoint, CheckpointError, RecipeError, demo
 from fusion.demo.dialogues import conversation
 from fusion.demo.family import RECIPES
 from fusion.distill.dialogues import Dialogue, Report, checked
@@ -17,6 +17,7 @@ from fusion.distill.store import Rows, Store
 from fusion.distill.targets import Blend, Vocabulary, end_tokens, fuse_dialogue, link_labels, pair_counts, vocabulary_table
 from fusion.distill.teacher import LocalTeacher, batches, represent
 from fusion.progress import finish
+from tests.test_adapters import key, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,20 @@ def test_a_stopped_run_goes_on_at_the_first_missing_shard(dialogues, teachers, t
     whole = finish(represent(teacher, dialogues, tmp_path / "b", shard_dialogues=4))
     assert len(list(whole)) == len(dialogues)
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_an_adapter_is_part_of_the_teacher(dialogues, teachers, tmp_path):
+    name, base = "model.layers.0.self_attn.q_proj", demo.FOLDER / "pivot"
+    rows, columns = Checkpoint(base).info[f"{name}.weight"].shape
+    chance = np.random.default_rng(0)
+    down, up = (chance.normal(0, 0.5, shape).astype(np.float32) for shape in ((1, columns), (rows, 1)))
+    adapter = save_adapter(tmp_path / "adapter", {key(name, "lora_A"): down, key(name, "lora_B"): up})
+    teacher = LocalTeacher(f"{base}+{adapter}", dtype="float32")
+    encoded = teacher.encoder.encode(dialogues[0])
+    plain, adapted = (its.rows([encoded], 5)[0].nats for its in (teachers["pivot"], teacher))
+    assert np.abs(plain - adapted).max() > 1e-3 and teacher.mark != teachers["pivot"].mark
+    weight = teacher.model.state_dict()[f"{name}.weight"].numpy()
+    assert weight == pytest.approx(Checkpoint(base)[f"{name}.weight"] + 2 * up @ down, abs=1e-5)
 
 
 def test_another_plan_is_not_mixed_in(dialogues, teachers, tmp_path):

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Protocol
 
 import numpy as np
 
+from fusion.checkpoint import Checkpoint
 from fusion.distill.dialogues import Dialogue
 from fusion.distill.encoding import Encoded, Encoder
 from fusion.distill.store import Rows, Store, data_digest
@@ -44,15 +46,22 @@ class LocalTeacher:
     def __init__(self, source: str, *, template: str | None = None, max_tokens: int | None = None, dtype: str = "auto",
                  device: str = "auto"):
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        checkpoint = open_checkpoint(source)
-        self.mark = checkpoint.fingerprint
-        folder = checkpoint.folder
-        checkpoint.close()
+        with closing(open_checkpoint(source)) as checkpoint:
+            self.mark, folder = checkpoint.fingerprint, checkpoint.folder
+            # An adapter, or weights that were converted elsewhere: the folder alone would be another model.
+            state = None if stored_as_read(checkpoint) else {name: torch.from_numpy(checkpoint[name]) for name in checkpoint}
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+            if state is None:
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+            else:
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                with torch.device("meta"):  # only to learn the class, without weights
+                    kind = type(AutoModelForCausalLM.from_config(config))
+                model = kind.from_pretrained(None, config=config, state_dict=state,
+                                             dtype=torch.float32 if dtype == "auto" else dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"transformers cannot load it ({str(error)[:300]})", where=source) from error
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -83,6 +92,11 @@ def _top(logits, encoded: Encoded, top_k: int) -> Rows:
     gold = picked.gather(1, torch.from_numpy(encoded.targets).to(logits.device)[:, None])[:, 0]
     return Rows(best.indices.cpu().numpy().astype(np.int32), (best.values - total[:, None]).cpu().numpy(),
                 total.cpu().numpy(), (total - gold).cpu().numpy())
+
+
+def stored_as_read(checkpoint: Checkpoint) -> bool:
+    """Whether the folder by itself is this model: no adapter, no weights that were converted elsewhere."""
+    return type(checkpoint) is Checkpoint and any(checkpoint.folder.glob("*.safetensors"))
 
 
 def context_of(config) -> int | None:

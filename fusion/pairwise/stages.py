@@ -18,7 +18,7 @@ from fusion.distill.dialogues import Dialogue, Report, load, split_long
 from fusion.distill.encoding import PLAIN, Encoder
 from fusion.distill.fused import STATISTICS_FILE, FusedData, Knower, build
 from fusion.distill.store import PLAN_FILE, Store, write_whole
-from fusion.distill.teacher import LocalTeacher, prepare, represent
+from fusion.distill.teacher import LocalTeacher, prepare, represent, stored_as_read
 from fusion.errors import FusionError, MismatchError, OutputError
 from fusion.merge import merge
 from fusion.pairwise.recipe import FuseRecipe
@@ -275,6 +275,9 @@ def _trained(target: str, fused: FusedData, recipe: FuseRecipe, place: Place) ->
         return folder
     checkpoint = open_checkpoint(recipe.pivot)
     checkpoint.close()
+    if not stored_as_read(checkpoint):
+        raise MismatchError("the pivot is not stored as it is read (an adapter, or converted weights)", where=recipe.pivot,
+                            todo="Write it to a folder first: python -m fusion merge with it as the only target.")
     result = yield from _labelled(train(checkpoint.folder, fused, folder, recipe.training, resume=True), f"Training {target}")
     return result.folder
 
