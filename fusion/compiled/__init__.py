@@ -19,7 +19,7 @@ from types import ModuleType
 from fusion.compiled import twins
 from fusion.errors import ResourceError
 
-PAYS_BYTES = 150_000_000
+PAYS_BYTES = 400_000_000  # measured: 0.4 s to load, 1 s of processor time saved for each GB read
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
 _kernels: ModuleType | None = None
