@@ -14,9 +14,7 @@ from collections.abc import Callable
 from fusion.commands import GROUPS
 from fusion.errors import FusionError
 
-
-class Terminated(BaseException):
-    """The process was asked to end; like an interrupt it is no error, and everything cleans up on its way out."""
+_asked_to_end: list[int] = []  # by these signals
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,11 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     except MemoryError:
         print("error: memory ran out; nothing was left behind. Close other programs.", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, Terminated) as stopped:
+    except KeyboardInterrupt:
         kept = "finished shards are kept for --resume" if getattr(options, "resume", False) else "nothing was left behind"
         kept = "answers and verdicts are kept: the same command goes on" if getattr(options, "judge", None) else kept
         print(f"\nstopped; {kept}", file=sys.stderr)
-        return 130 if isinstance(stopped, KeyboardInterrupt) else 143
+        return 128 + (_asked_to_end or [signal.SIGINT])[0]
     except BrokenPipeError:  # the reader of a pipe had enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -47,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _terminate(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_IGN)  # once is enough: cleaning up is not to be interrupted
-    raise Terminated
+    _asked_to_end.append(number)
+    raise KeyboardInterrupt  # the one that every library lets through
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +35,8 @@ from fusion.writer import CheckpointWriter
 
 RETRIES = 3  # of a task whose worker died
 _MEASURED_AT_ONCE = 256_000_000  # bytes that one measuring task reads
-_POLL_S = 0.5
+_POLL_S, _PATIENCE_S = 0.5, 10.0
+_STOP = "stopped"  # name of the file that says so
 
 
 def merge_on_ray(recipes: Recipe | Sequence[Recipe], out: str | os.PathLike, *, max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -79,6 +81,29 @@ class ShardSink:
         self.finished[name] = notes
 
 
+class StopFile:
+    """Stands for a threading.Event that is set on another machine: by a file, or by removing the folder it would lie in.
+
+    Ray's own cancelling can end the process that cancels when the task ends at that moment (Ray 2.60).
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._next = folder, 0.0
+
+    def set(self) -> None:
+        """Tell all who look."""
+        with contextlib.suppress(OSError):
+            (self._folder / _STOP).touch()
+
+    def is_set(self) -> bool:
+        """Look, at most five times a second."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + 0.2
+        return not self._folder.exists() or (self._folder / _STOP).exists()
+
+
 # ── what the workers do ──────────────────────────────────────────────────────────────────────────────────────────────
 
 _plans: dict[str, MergePlan] = {}  # of this worker process, by digest
@@ -100,11 +125,11 @@ def _plan(job: Job) -> MergePlan:
 def _write_shard(job: Job, file: str, header: bytes, slots: Sequence[Slot], ratios: np.ndarray | None) -> Mapping[str, Mapping]:
     """Merge the tensors of one shard into its file; returns their notes. Doing it twice gives the same bytes."""
     plan, shard = _plan(job), Shard(job.folder / file, header, slots)
-    sink = ShardSink(shard)
+    sink, stop = ShardSink(shard), StopFile(job.folder)
     try:
         shard.open()
         for name in sink.todo:
-            merge_tensor(plan, name, sink, threading.Event(), ratios)
+            merge_tensor(plan, name, sink, stop, ratios)
         shard.seal()
     except OSError as error:
         raise disk_error(error, job.out) from error
@@ -115,8 +140,8 @@ def _write_shard(job: Job, file: str, header: bytes, slots: Sequence[Slot], rati
 
 def _sum_tensors(job: Job, names: Sequence[str]) -> dict[str, TensorSums]:
     """Measure some tensors."""
-    plan = _plan(job)
-    return {name: sum_tensor(name, plan.pivot, plan.targets, threading.Event(), plan.per_element, plan.recipe.allow_nonfinite)
+    plan, stop = _plan(job), StopFile(job.folder)
+    return {name: sum_tensor(name, plan.pivot, plan.targets, stop, plan.per_element, plan.recipe.allow_nonfinite)
             for name in names}
 
 
@@ -142,7 +167,7 @@ def _compute(ray: ModuleType, plan: MergePlan, writer: CheckpointWriter, variati
         notes.update(made)
         return meter.step(len(made), sum(sizes[name] for name in made), file)
 
-    yield from _gather(ray, tasks, adopt, meter)
+    yield from _gather(ray, tasks, adopt, meter, StopFile(job.folder))
     return collect(plan, notes, variation)
 
 
@@ -160,7 +185,7 @@ def _measure(ray: ModuleType, plan: MergePlan, job: Job) -> Work[Variation]:
         sums.update(measured)
         return meter.step(len(part), sum(sizes[name] for name in part), part[-1])
 
-    yield from _gather(ray, tasks, take, meter)
+    yield from _gather(ray, tasks, take, meter, StopFile(job.folder))
     return gather(plan.pivot, plan.targets, names, sums, plan.per_element)
 
 
@@ -178,8 +203,8 @@ def _parts(sizes: Mapping[str, int], nbytes: int) -> list[list[str]]:
 
 
 def _gather(ray: ModuleType, tasks: Mapping[object, object], take: Callable[[object, object], Progress],
-            meter: Meter) -> Work[None]:
-    """Hand every task's key and result to `take` as they come; the rest is cancelled when this is closed."""
+            meter: Meter, stop: StopFile) -> Work[None]:
+    """Hand every task's key and result to `take` as they come; `stop` is set for the rest when this is closed."""
     pending = list(tasks)
     try:
         while pending:
@@ -189,10 +214,9 @@ def _gather(ray: ModuleType, tasks: Mapping[object, object], take: Callable[[obj
             if not ready:
                 yield meter.step()  # so that Stop is heard
     finally:
-        for task in pending:
-            ray.cancel(task, force=True)
         if pending:
-            ray.wait(pending, num_returns=len(pending), timeout=10)
+            stop.set()
+            ray.wait(pending, num_returns=len(pending), timeout=_PATIENCE_S)
 
 
 def _result(ray: ModuleType, task: object) -> object:
@@ -231,8 +255,9 @@ def _session(ray: ModuleType, address: str | None) -> Iterator[None]:
     there = {"runtime_env": {"py_modules": [str(Path(__file__).parent)]}}  # workers elsewhere run this very code
     mine = signal.getsignal(signal.SIGTERM)
     try:
+        _knock(address or "")
         ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **(there if address else here))
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
         raise ResourceError(f"the cluster cannot be reached ({error})", where=address or "Ray",
                             todo="Start it with `ray start --head`, or leave the address out.") from error
     if threading.current_thread() is threading.main_thread():
@@ -241,3 +266,10 @@ def _session(ray: ModuleType, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """OSError at once when nobody listens at HOST:PORT; Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

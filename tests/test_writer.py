@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from fusion import writer as module
 from fusion.errors import OutputError, ResourceError
-from fusion.shards import plan_shards
+from fusion.shards import Shard, plan_shards
 from fusion.writer import CheckpointWriter
 from tests.conftest import load_tensors, snapshot
 
@@ -210,3 +210,31 @@ def test_no_file_stays_open(tmp_path):
             if finish:
                 writer.finish()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# ── shards that another process writes ───────────────────────────────────────────────────────────────────────────────
+
+def test_a_shard_written_elsewhere_is_taken_in_only_when_it_is_finished(tmp_path):
+    tensors = [("a", "F32", (8,)), ("b", "F32", (8,))]
+    with CheckpointWriter(tmp_path / "out", tensors, 40) as writer:
+        file = writer.slots["a"].file
+        shard = writer.shard(file)
+        shard.open()
+        shard.write(writer.slots["a"], 0, np.arange(8, dtype=np.float32))
+        with pytest.raises(RuntimeError, match="is not the shard that was planned"):
+            writer.adopt(file, {"a": {}})
+        shard.seal()
+        for notes in ({}, {"b": {}}, {"a": {}, "b": {}}):
+            with pytest.raises(RuntimeError, match="is not the shard that was planned"):
+                writer.adopt(file, notes)
+        writer.adopt(file, {"a": {"note": 1}})
+        writer.write("b", 0, np.ones(8, np.float32))
+        writer.finish()
+    assert torch.equal(load_tensors(tmp_path / "out")["a"], torch.arange(8.))
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_shard_that_nobody_made_is_not_made_by_opening_it(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Shard(tmp_path / "model.safetensors", b"", ()).open()
+    assert snapshot(tmp_path) == {}
