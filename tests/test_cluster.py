@@ -18,11 +18,14 @@ import pytest
 
 from fusion import cluster as module
 from fusion.__main__ import main
-from fusion.cluster import Job, merge_on_ray
-from fusion.errors import CheckpointError, FusionError, ResourceError
+from fusion.cluster import Job, StopFile, merge_on_ray
+from fusion.errors import CheckpointError, FusionError, ResourceError, Stopped
+from fusion.header import read_header
 from fusion.merge import merge
-from fusion.progress import finish
+from fusion.plan import MergePlan
+from fusion.progress import Meter, finish
 from fusion.recipe import Recipe, Slice
+from fusion.shards import Shard, plan_shards
 from fusion.stages import merge_stages
 from tests.conftest import save_checkpoint, snapshot
 
@@ -178,6 +181,34 @@ def test_stop_leaves_nothing_and_ends_the_tasks(address, large, shared):
     assert not busy_workers()
 
 
+def test_tasks_that_nobody_waits_for_end_soon(small, shared):
+    class Idle:
+        """A Ray that never gets anything done."""
+
+        def wait(self, pending, **_):
+            return [], list(pending)
+
+    plan = MergePlan.open(Recipe(**small))
+    job = Job(plan.recipe, {}, shared / "out", shared / "hidden", plan.digest)
+    headers, slots = plan_shards(plan.outputs(), 10**9)
+    job.folder.mkdir()
+    shard = Shard(job.folder / "model.safetensors", headers["model.safetensors"], tuple(slots.values()))
+    shard.make()
+    shard.close()
+    stop = StopFile(job.folder)
+    work = module._gather(Idle(), {"task": "key"}, pytest.fail, Meter("Merging"), stop)
+    next(work)
+    assert not StopFile(job.folder).is_set()
+    work.close()
+    assert StopFile(job.folder).is_set() and StopFile(shared / "gone").is_set()
+    for task in (lambda: module._write_shard(job, "model.safetensors", shard.header, shard.slots, None),
+                 lambda: module._sum_tensors(job, plan.weights.names)):
+        with pytest.raises(Stopped):
+            task()
+    with pytest.raises(CheckpointError, match="never finished"):
+        read_header(shard.path)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_command_that_is_ended_midway(address, large, shared, number, status):
     recipe = Recipe(**large)
@@ -229,7 +260,7 @@ def test_a_worker_that_sees_other_files_says_so(small, shared):
 
 
 def test_a_shard_that_was_never_made_is_an_error_for_people(small, shared):
-    job = Job(Recipe(**small), {}, shared / "out", shared / "gone", module.MergePlan.open(Recipe(**small)).digest)
+    job = Job(Recipe(**small), {}, shared / "out", shared / "gone", MergePlan.open(Recipe(**small)).digest)
     with pytest.raises(FusionError, match="cannot be written"):
         module._write_shard(job, "model.safetensors", b"", (), None)
 
@@ -244,10 +275,13 @@ def test_without_ray_it_says_how_to_get_it(small, shared, monkeypatch, capsys):
 def test_a_cluster_that_is_not_there_is_said_so_at_once(small, shared, monkeypatch, capsys, where):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    if where == "nonsense":
-        def refuse(*_, **__):
+
+    def refuse(*_, **__):
+        if where == "nonsense":
             raise ConnectionError("no such cluster")
-        monkeypatch.setattr(ray, "init", refuse)
+        pytest.fail("Ray itself tries for minutes")
+
+    monkeypatch.setattr(ray, "init", refuse)
     argv = ["merge", small["pivot"], *small["targets"], "--out", str(shared / "out"), "--engine", "ray", "--ray-address", where]
     assert main(argv) == 2
     assert f"{where}: the cluster cannot be reached" in capsys.readouterr().err
