@@ -1,12 +1,14 @@
 """Other tools on the same files: mergekit where it is installed, and what the authors' VARM scripts do, written anew.
 
-The authors' released scripts load whole models with transformers: one run for each target writes a table of mean square
-changes, one more loads all of them again and adds the targets up, weighted by the tables. `authors()` repeats that work and
-is labelled a reimplementation. It runs as a command: python -m tests.benchmarks.baselines analyse | merge …
+The authors' released scripts work on whole models loaded by transformers. One run for each target loads it and the pivot in
+float32 and writes a table of mean square changes and of counts of unequal numbers; one more run loads all targets in bfloat16,
+copies the first, adds up weighted parameters in bfloat16 and saves a pickle. `authors()` repeats that work, mended so that
+each target has its own table, and is labelled a reimplementation. The commands are this file's: analyse, merge.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -40,20 +42,23 @@ def authors(folders: Sequence[Path], out: Path) -> Iterator[list[str]]:
     yield [*base, "merge", str(out), *map(str, folders[1:]), *map(str, tables)]
 
 
-def _load(folder: str):
+def _load(folder: str, dtype: str):
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 
 
 def _analyse(pivot: str, target: str, table: str) -> None:
-    """Write the mean square change of every parameter from the pivot to one target."""
+    """Write mean square change and count of unequal numbers of every parameter, from the pivot to one target."""
     import torch
 
-    base, moved = _load(pivot).state_dict(), _load(target).state_dict()
-    means = {name: torch.square(moved[name].float() - base[name].float()).mean().item() for name in base}
-    Path(table).write_text(json.dumps(means))
+    base, moved = _load(pivot, "float32").state_dict(), _load(target, "float32").state_dict()
+    means, unequal = {}, 0
+    for name, values in base.items():
+        means[name] = torch.sum((moved[name] - values) ** 2).item() / values.numel()
+        unequal += torch.sum(moved[name] != values).item()
+    Path(table).write_text(json.dumps({"means": means, "unequal": unequal}))
 
 
 def _merge(out: str, *arguments: str) -> None:
@@ -61,16 +66,17 @@ def _merge(out: str, *arguments: str) -> None:
     import torch
 
     folders, files = arguments[:len(arguments) // 2], arguments[len(arguments) // 2:]
-    tables = [json.loads(Path(file).read_text()) for file in files]
-    model, *others = (_load(folder) for folder in folders)
-    merged, states = model.state_dict(), [other.state_dict() for other in others]
+    tables = [json.loads(Path(file).read_text())["means"] for file in files]
+    models = [_load(folder, "bfloat16") for folder in folders]
+    merged, parts = copy.deepcopy(models[0]), [dict(model.named_parameters()) for model in models]
     with torch.no_grad():
-        for name, values in merged.items():
+        for name, values in merged.named_parameters():
             total = sum(table[name] for table in tables)
             shares = [table[name] / total if total else 1 / len(tables) for table in tables]
-            its = sum(share * state[name].float() for share, state in zip(shares, [merged, *states], strict=True))
-            values.copy_(its.to(values.dtype))
-    model.save_pretrained(out)
+            values.copy_(sum(share * part[name] for share, part in zip(shares, parts, strict=True)))
+    Path(out).mkdir()
+    merged.config.save_pretrained(out)
+    torch.save(merged.state_dict(), Path(out) / "pytorch_model.bin")
 
 
 if __name__ == "__main__":
