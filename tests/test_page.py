@@ -85,7 +85,7 @@ def save_as(page, name):
 
 def choose(page, menu, option):
     page.locator(f"#{menu} input").click()
-    page.get_by_role("option", name=option, exact=True).click()
+    page.locator(f"#{menu}").get_by_role("option", name=option, exact=True).click()
     page.keyboard.press("Escape")
 
 

@@ -268,7 +268,7 @@ def serious(page):
 
 def choose(page, menu, option):
     page.locator(f"#{menu} input").click()
-    page.get_by_role("option", name=option, exact=True).click()
+    page.locator(f"#{menu}").get_by_role("option", name=option, exact=True).click()
 
 
 @pytest.mark.browser

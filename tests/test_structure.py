@@ -19,7 +19,8 @@ LEVELS = (  # from the roof down: a module imports lower rows, and in its own ro
      "distill"),
     ("preflight", "variation", "inspection", "writer"),
     ("dtypes", "compiled", "header", "journal", "shards", "anatomy", "files", "quantised", "checkpoint", "digest", "blocks", "view",
-     "pickles", "adapter_settings", "adapters", "hub", "sources", "tables", "documents", "methods", "align", "tokens", "vocabulary"),
+     "pickles", "adapter_settings", "adapters", "hub", "sources", "tables", "documents", "methods", "align", "tokens",
+     "vocabulary"),
     ("errors", "progress", "version"),
 )
 RANK = {module: (-row, column) for row, modules in enumerate(LEVELS) for column, module in enumerate(modules)}
