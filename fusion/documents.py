@@ -49,8 +49,7 @@ def read(text: str) -> tuple[list[Document], list[Problem]]:
         loader.problems = problems
         while loader.check_node():
             if len(documents) == MAX_DOCUMENTS:
-                problems.append((loader.peek_event().start_mark.line + 1, f"more than {MAX_DOCUMENTS} documents"))
-                break
+                return [], [(loader.peek_event().start_mark.line + 1, f"more than {MAX_DOCUMENTS} documents")]
             lines: dict[Path, int] = {}
             documents.append(Document(_data(loader.get_node(), (), lines, problems), lines))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
