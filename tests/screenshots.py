@@ -66,6 +66,7 @@ def picture_form(view: Page) -> None:
         view.wait_for_timeout(1000)
     expect(view.locator("#command")).to_contain_text("density=curve:0.4", timeout=WAIT_MS)
     view.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+    view.mouse.move(5, 5)
     view.wait_for_timeout(500)
     view.screenshot(path=FOLDER / "merge.png")
 
