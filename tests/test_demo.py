@@ -15,7 +15,7 @@ from fusion.demo.dialogues import BARE_SHARE, conversation, held_out_tasks
 from fusion.demo.domains import DOMAINS, SMALLTALK
 from fusion.demo.domains.code import UnsafeCode, call, code_block
 from fusion.demo.domains.smalltalk import TALK
-from fusion.demo.family import FAMILY, RECIPES, members
+from fusion.demo.family import FAMILY, FUSION, RECIPES, members
 from fusion.demo.task import contains, counts, held_out, says
 from fusion.demo.words import CATEGORIES, mend_articles
 from fusion.errors import CheckpointError, OutputError, RecipeError
@@ -35,8 +35,9 @@ def norm(prompt: str) -> str:
 @pytest.fixture(scope="module")
 def trained_prompts() -> set[str]:
     rng = Random(3)
-    return {norm(message["content"]) for recipe in RECIPES.values() for _ in range(3000)
-            for message in conversation(recipe.mixture, rng) if message["role"] == "user"}
+    mixtures = [FUSION.mixture, *(recipe.mixture for recipe in RECIPES.values())]
+    return {norm(message["content"]) for mixture in mixtures for _ in range(3000)
+            for message in conversation(mixture, rng) if message["role"] == "user"}
 
 
 def test_the_package_is_cheap_to_import():
@@ -84,7 +85,7 @@ def test_about_one_combination_in_five_is_held_out():
 
 
 def test_dialogues_are_deterministic_and_alternate():
-    mixture = RECIPES["target-qwen"].mixture
+    mixture = FUSION.mixture
     one, two = ([conversation(mixture, Random(7)) for _ in range(1)] for _ in range(2))
     assert one == two
     rng = Random(7)
@@ -150,9 +151,10 @@ def test_talk_replies_are_sensible_by_their_own_word():
 
 
 def test_the_family_has_its_roles_and_cards():
-    assert [member.name for member in FAMILY] == list(RECIPES)
+    assert [member.name for member in FAMILY if member.role != "target"] == list(RECIPES)
     assert members("pivot") == ["pivot"]
-    assert len(members("source")) >= 2 and len(members("target")) >= 2
+    assert len(members("source")) >= 3
+    assert members("target") == [name.replace("source", "target") for name in members("source")]
     assert len({RECIPES[name].shape.kind for name in ("pivot", *members("source"))}) == 1 + len(members("source"))
     results = {member.name: {**dict.fromkeys(DOMAINS, 50.0), "average": 50.0} for member in FAMILY}
     for member in FAMILY:
@@ -167,6 +169,6 @@ def test_training_refuses_before_it_works(tmp_path):
         finish(demo.train(tmp_path))
     with pytest.raises(RecipeError, match="target-qwen"):
         finish(demo.train(tmp_path / "new", only=("target-qwn",)))
-    with pytest.raises(CheckpointError, match="Train pivot too"):
+    with pytest.raises(CheckpointError, match="Train pivot and source-qwen and source-neox and source-gemma too"):
         finish(demo.train(tmp_path / "new", only=("target-qwen",)))
     assert not (tmp_path / "new").exists()

@@ -14,7 +14,7 @@ from fusion.demo import FAMILY, bars, check, examples, table, train
 from fusion.demo.checking import LONGEST_REPLY, MERGE, answer, load, varm_merge
 from fusion.demo.dialogues import conversation, held_out_tasks
 from fusion.demo.domains import DOMAINS
-from fusion.demo.family import RECIPES, members
+from fusion.demo.family import FUSION, RECIPES, Recipe, members
 from fusion.demo.models import STYLES
 from fusion.errors import CheckpointError, RecipeError
 from fusion.progress import Meter, finish
@@ -30,6 +30,11 @@ TALK = {
     "bye": "goodbye", "what can you do": "calculate", "What is the weather in Oslo?": "do not know",
     "who is the mayor of Blorvia": "do not know", "What is the price of a house?": "do not know",
 }
+
+
+def made_from(name: str) -> Recipe:
+    """The recipe that gave a member its shape: its own, or the pivot's."""
+    return RECIPES.get(name, RECIPES["pivot"])
 
 
 def reply(path: Path, *prompts: str) -> list[str]:
@@ -55,7 +60,7 @@ def test_each_member_is_an_ordinary_folder(name):
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     style = STYLES[model.config.model_type]
-    assert model.config.model_type == (RECIPES[name].shape or RECIPES["pivot"].shape).kind
+    assert model.config.model_type == made_from(name).shape.kind
     assert model.config.max_position_embeddings >= 512
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids(style.end)
     assert len(tokenizer) == model.get_input_embeddings().weight.shape[0]
@@ -68,10 +73,10 @@ def test_each_member_is_an_ordinary_folder(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_chat_template_writes_what_was_trained(name):
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED / name)
-    style = STYLES[(RECIPES[name].shape or RECIPES["pivot"].shape).kind]
+    style = STYLES[made_from(name).shape.kind]
     rng = Random(1)
     for _ in range(50):
-        dialogue = conversation(RECIPES[name].mixture, rng)
+        dialogue = conversation(FUSION.mixture, rng)
         text = "".join(piece for piece, _ in style.pieces(dialogue))
         assert tokenizer.apply_chat_template(dialogue, tokenize=False) == text
         ids = [i for piece, _ in style.pieces(dialogue) for i in tokenizer.encode(piece, add_special_tokens=False)]
@@ -131,8 +136,8 @@ def test_bars_and_table_on_numbers_made_by_hand():
         return {**dict(zip(DOMAINS, scores, strict=True)), "average": sum(scores) / 8}
 
     good = {"pivot": row(*[50] * 8), "source-qwen": row(90, 90, 90, 90, 20, 20, 20, 20),
-            "source-neox": row(20, 20, 20, 20, 90, 90, 90, 90), "target-qwen": row(*[58] * 8),
-            "target-neox": row(*[58] * 8), MERGE: row(*[60] * 8)}
+            "source-neox": row(20, 20, 20, 20, 90, 90, 90, 90), "source-gemma": row(20, 90, 20, 20, 90, 90, 20, 20),
+            **{name: row(*[58] * 8) for name in members("target")}, MERGE: row(*[60] * 8)}
     assert bars(good) == []
     assert "| varm | 60.0 |" in table(good)
     bad = {**good, "pivot": row(86, *[50] * 7), "source-qwen": row(90, *[60] * 7), MERGE: row(*[63] * 8)}
@@ -150,8 +155,8 @@ def test_clicking_the_examples_shows_disagreement_and_the_merge_answers_most(mer
     right = {name: [judges[prompt].check(said) for prompt, said in zip(texts, reply(path, *texts), strict=True)]
              for name, path in {MERGE: merged, **{name: SHIPPED / name for name in members("source")}}.items()}
     assert sum(right[MERGE]) >= 0.75 * len(texts)
-    one, two = (right[name] for name in members("source"))
-    assert sum(a != b for a, b in zip(one, two, strict=True)) >= 0.6 * len(texts)
+    answers = zip(*(right[name] for name in members("source")), strict=True)
+    assert sum(len(set(row)) > 1 for row in answers) >= 0.6 * len(texts)
 
 
 def test_a_tiny_training_makes_a_loadable_model_twice_the_same(tmp_path):

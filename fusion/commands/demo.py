@@ -1,4 +1,4 @@
-"""demo: train or check the embedded demo family."""
+"""demo: train, check or compare the embedded demo family."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fusion.progress import finish
 
 def add(command) -> None:
     """Add these commands with `command(name, run, text)`, which returns the parser."""
-    _actions(command("demo", _demo_help, "Train or check the embedded demo family."))
+    _actions(command("demo", _demo_help, "Train, check or compare the embedded demo family."))
 
 
 def _actions(demo: argparse.ArgumentParser) -> None:
-    actions = demo.add_subparsers(required=True, metavar="train | check")
+    actions = demo.add_subparsers(required=True, metavar="train | check | table")
     train = actions.add_parser("train", help="make the family from generated dialogues (about an hour on two cores)")
     train.set_defaults(run=_demo_train)
     train.add_argument("--out", metavar="DIR", required=True, help="the folder to fill; its models must not exist yet")
@@ -26,10 +26,18 @@ def _actions(demo: argparse.ArgumentParser) -> None:
     check.add_argument("--folder", metavar="DIR", help="the family's folder (default: the shipped one)")
     check.add_argument("--prompts", type=int, default=200, metavar="N", help="held-out prompts per domain (default 200)")
     check.add_argument("--json", action="store_true", help="print one JSON document: model → domain → accuracy in percent")
+    compare = actions.add_parser("table", help="the paper's tables 1 and 2: fuse with several seeds, merge in every way, measure")
+    compare.set_defaults(run=_demo_table)
+    compare.add_argument("--folder", metavar="DIR", help="the family's folder (default: the shipped one)")
+    compare.add_argument("--work", metavar="DIR", default="outputs/demo-table",
+                         help="where the fused models go; give it again to go on (default: outputs/demo-table)")
+    compare.add_argument("--seeds", type=int, default=3, metavar="N")
+    compare.add_argument("--prompts", type=int, default=100, metavar="N", help="held-out prompts per domain (default 100)")
+    compare.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _demo_help(options: argparse.Namespace) -> None:
-    raise RecipeError("say what to do", where="demo", todo="Write demo train or demo check.")
+    raise RecipeError("say what to do", where="demo", todo="Write demo train, demo check or demo table.")
 
 
 def _demo_train(options: argparse.Namespace) -> None:
@@ -49,3 +57,18 @@ def _demo_check(options: argparse.Namespace) -> None:
     print(demo.table(results))
     missed = demo.bars(results)
     print("\n".join(f"missed: {bar}" for bar in missed) or "every bar is met")
+
+
+def _demo_table(options: argparse.Namespace) -> None:
+    from fusion import demo
+
+    done = finish(demo.compare(options.folder or demo.FOLDER, options.work, options.seeds, options.prompts),
+                  show_progress(options.json))
+    if options.json:
+        print_json({"methods": done.methods.to_dict(), "granularities": done.granularities.to_dict(), "by_seed": done.by_seed,
+                    "aims": done.aims})
+        return
+    print(done.methods.markdown(), done.granularities.markdown(), sep="\n")
+    print("average of each seed: " + "; ".join(f"{name} {', '.join(f'{value:.1f}' for value in its)}"
+                                               for name, its in done.by_seed.items()))
+    print("\n".join(f"{'yes' if met else 'no '}  {aim}" for aim, met in done.aims.items()))

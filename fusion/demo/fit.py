@@ -10,9 +10,8 @@ from pathlib import Path
 from random import Random
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fusion.anatomy import place
 from fusion.demo.dialogues import Dialogue, Mixture, conversation
 from fusion.demo.family import Recipe
 from fusion.demo.models import STYLES, Style, new_model, new_tokenizer, save
@@ -24,13 +23,13 @@ TOKENIZER_DIALOGUES = 8000
 COPYING = Mixture({"smalltalk": 1.0}, frozenset(("smalltalk/talk", "smalltalk/unknown")))
 
 
-def fit(recipe: Recipe, folder: Path, start: Path | None, seed: int = 0, steps_scale: float = 1.0) -> Work[Path]:
-    """Make the recipe's model and write it into `folder`; `start` is the folder it continues from, if any."""
+def fit(recipe: Recipe, folder: Path, seed: int = 0, steps_scale: float = 1.0) -> Work[Path]:
+    """Make the recipe's model and write it into `folder`."""
     torch.set_num_threads(1)
     torch.manual_seed(seed + recipe.seed)
     rng = Random(seed * 1000 + recipe.seed)
     steps = max(1, round(recipe.steps * steps_scale))
-    model, tokenizer = _beginning(recipe, start, rng)
+    model, tokenizer = _beginning(recipe, rng)
     optimizer = torch.optim.AdamW(_groups(model, recipe), betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     meter = Meter("training", steps, "steps")
@@ -50,31 +49,18 @@ def fit(recipe: Recipe, folder: Path, start: Path | None, seed: int = 0, steps_s
     return folder
 
 
-def _beginning(recipe: Recipe, start: Path | None, rng: Random) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    if start is not None:
-        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, use_safetensors=True)
-        return model, AutoTokenizer.from_pretrained(start)
+def _beginning(recipe: Recipe, rng: Random) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     dialogues = [conversation(recipe.mixture, rng) for _ in range(TOKENIZER_DIALOGUES)]
     tokenizer = new_tokenizer(recipe.shape, [message["content"] for dialogue in dialogues for message in dialogue])
     return new_model(recipe.shape, tokenizer), tokenizer
 
 
 def _groups(model: PreTrainedModel, recipe: Recipe) -> list[dict]:
-    """Weights with the same learning rate and decay; decay is for matrices only."""
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for name, weight in model.named_parameters():
-        decay = 0.05 if weight.ndim > 1 else 0.0
-        rate = recipe.learning_rate * _pace(recipe, name, model.config.num_hidden_layers)
-        groups.setdefault((decay, rate), []).append(weight)
-    return [{"params": weights, "weight_decay": decay, "lr": rate} for (decay, rate), weights in groups.items()]
-
-
-def _pace(recipe: Recipe, name: str, layers: int) -> float:
-    """The factor of the learning rate for one matrix: from the first layer's to the last's in equal ratios."""
-    where = place(name)
-    depth = where.layer / max(layers - 1, 1) if where.layer is not None else float(where.kind != "embedding")
-    first, last = recipe.pace
-    return first ** (1 - depth) * last ** depth * recipe.kinds.get(where.kind, 1.0)
+    """Decay is for matrices only."""
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    others = [weight for weight in model.parameters() if weight.ndim < 2]
+    return [{"params": weights, "weight_decay": decay, "lr": recipe.learning_rate}
+            for weights, decay in ((matrices, 0.05), (others, 0.0))]
 
 
 def _rate(step: int, steps: int) -> float:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
     GenerationConfig,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -67,6 +69,8 @@ STYLES = {
                    "<|endoftext|>", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
     "gpt_neox": Style("", "[SYS]", "[USER]", "[BOT]", "</s>", "", "<pad>",
                       ("<pad>", "</s>", "[SYS]", "[USER]", "[BOT]")),
+    "gemma": Style("<bos>", "<start_of_turn>system\n", "<start_of_turn>user\n", "<start_of_turn>model\n", "<end_of_turn>", "\n",
+                   "<pad>", ("<pad>", "<bos>", "<start_of_turn>", "<end_of_turn>")),
 }
 
 
@@ -100,6 +104,9 @@ def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
             model = Qwen2ForCausalLM(Qwen2Config(**same, num_key_value_heads=shape.kv_heads, tie_word_embeddings=True))
         case "gpt_neox":
             model = GPTNeoXForCausalLM(GPTNeoXConfig(**same, tie_word_embeddings=False, rotary_pct=0.5))
+        case "gemma":
+            model = GemmaForCausalLM(GemmaConfig(**same, num_key_value_heads=shape.kv_heads, tie_word_embeddings=True,
+                                                 head_dim=shape.width // shape.heads))
         case other:
             raise ValueError(f"no architecture {other!r}")
     model.generation_config = GenerationConfig(**ids, do_sample=False, max_new_tokens=128)

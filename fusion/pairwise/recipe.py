@@ -14,7 +14,7 @@ from fusion.recipe import Recipe, short_names
 from fusion.train import Training
 
 VERSION = 1
-MODES = ("pairwise", "multi")
+MODES = ("pairwise", "multi", "sft")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class FuseRecipe:
     `pivot`, `sources`: folders or Hub ids, `names` what the sources are called. `data`: a file, folder or Hub dataset of
     dialogues; `limit` takes only the first so many (0 = all). `template`: "own" (each model's chat template), "plain", or the
     Jinja text of a template shared by all. `max_tokens` of a dialogue by the longest tokenisation; `top_k` tokens kept per
-    label. `mode` "pairwise" makes one target per source and merges them, "multi" one target from all sources at once. `merge`
-    holds settings of the final merge recipe (method, granularity …). Source: FuseChat, arXiv 2402.16107.
+    label. `mode` "pairwise" makes one target per source and merges them, "multi" one target from all sources at once, "sft" one
+    from the labels alone (λ = 1), the papers' baseline. `merge` holds settings of the final merge recipe (method, granularity …).
+    Source: FuseChat, arXiv 2402.16107.
     """
 
     pivot: str
@@ -50,11 +51,17 @@ class FuseRecipe:
 
     @property
     def target_names(self) -> tuple[str, ...]:
-        """What the targets will be called: one per source, or one for all."""
-        if self.mode == "multi":
-            return ("target-multi",)
+        """What the targets will be called: one per source, or the only one of another mode."""
+        if self.mode != "pairwise":
+            return (f"target-{self.mode}",)
         plain = (name.replace("/", "-") for name in self.names)
         return tuple(f"target-{name.removeprefix('source-')}" for name in plain)
+
+    @property
+    def teachers(self) -> tuple[tuple[str, str], ...]:
+        """Name and folder of every model whose distributions are read off, the pivot first."""
+        sources = () if self.mode == "sft" else zip(self.names, self.sources, strict=True)
+        return (("pivot", self.pivot), *sources)
 
     def check(self) -> FuseRecipe:
         """Return self, or raise RecipeError with everything that is wrong."""

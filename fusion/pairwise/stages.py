@@ -71,7 +71,7 @@ def plan(recipe: FuseRecipe, out: str | os.PathLike) -> list[Stage]:
     """The stages of a run in order, and which of them are done."""
     place = Place(out)
     stages = [Stage("data", recipe.data, place.dialogues.exists())]
-    for name in ("pivot", *recipe.names):
+    for name, _ in recipe.teachers:
         stages.append(Stage("distributions", name, _complete(place.distributions(name))))
     for target in recipe.target_names:
         stages.append(Stage("fused targets", target, (place.fused(target) / STATISTICS_FILE).exists()))
@@ -108,11 +108,12 @@ def run(recipe: FuseRecipe, out: str | os.PathLike) -> Work[FuseResult]:
                                                                                                 strict=True))}
     dialogues, report = yield from _data(recipe, place, encoders, crew)
     knowers = {}
-    for name, source in (("pivot", recipe.pivot), *zip(recipe.names, recipe.sources, strict=True)):
+    for name, source in recipe.teachers:
         store = yield from _distributions(name, source, recipe, place, dialogues, crew)
         knowers[name] = Knower(name, encoders[name], store)
     statistics, targets = {}, {}
-    groups = [[name] for name in recipe.names] if recipe.mode == "pairwise" else [list(recipe.names)]
+    names = [name for name, _ in recipe.teachers[1:]]
+    groups = [[name] for name in names] if recipe.mode == "pairwise" else [names]
     for target, group in zip(recipe.target_names, groups, strict=True):
         fused = yield from _fused(target, [knowers["pivot"], *(knowers[name] for name in group)], recipe, place, dialogues, crew)
         statistics[target] = json.loads((place.fused(target) / STATISTICS_FILE).read_text(encoding="utf-8"))
@@ -278,7 +279,8 @@ def _trained(target: str, fused: FusedData, recipe: FuseRecipe, place: Place) ->
     if not stored_as_read(checkpoint):
         raise MismatchError("the pivot is not stored as it is read (an adapter, or converted weights)", where=recipe.pivot,
                             todo="Write it to a folder first: python -m fusion merge with it as the only target.")
-    result = yield from _labelled(train(checkpoint.folder, fused, folder, recipe.training, resume=True), f"Training {target}")
+    training = replace(recipe.training, lm_weight=1.0) if recipe.mode == "sft" else recipe.training
+    result = yield from _labelled(train(checkpoint.folder, fused, folder, training, resume=True), f"Training {target}")
     return result.folder
 
 

@@ -17,8 +17,8 @@ class Training:
 
     `batch` dialogues per device and step, `accumulate` such batches per update; `epochs` or `max_steps`; `warmup` a share of
     all steps (from 1 on: a number of steps); `lora_rank` > 0 trains a low-rank adapter and merges it at the end; `pack` joins
-    dialogues into rows of `max_tokens`; `extra` are further TrainingArguments (fsdp, deepspeed …). Source: FuseChat, arXiv
-    2402.16107, section 4.1.
+    dialogues into rows of `max_tokens`; `by_length` puts dialogues of similar length into a batch, which saves padding;
+    `extra` are further TrainingArguments (fsdp, deepspeed …). Source: FuseChat, arXiv 2402.16107, section 4.1.
     """
 
     lm_weight: float = 0.9
@@ -39,6 +39,7 @@ class Training:
     lora_rank: int = 0
     lora_alpha: int = 16
     pack: bool = False
+    by_length: bool = False
     max_tokens: int = 2048
     seed: int = 42
     save_steps: int = 200

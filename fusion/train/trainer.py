@@ -13,7 +13,7 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -173,6 +173,34 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return rows
 
 
+class ByLength(torch.utils.data.Sampler):
+    """Row numbers in an order that puts similar lengths side by side: drawn anew every epoch, the same for the same seed.
+
+    Stretches of 50 batches are sorted by length each, and their batches shuffled.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int):
+        self.lengths, self.batch, self.seed, self.epoch = np.asarray(lengths), batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """What the Trainer calls before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order, stretch = rng.permutation(len(self.lengths)), 50 * self.batch
+        for start in range(0, len(order), stretch):
+            rows = order[start:start + stretch]
+            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+            groups = [rows[at:at + self.batch] for at in range(0, len(rows), self.batch)]
+            last = groups.pop() if len(groups[-1]) < self.batch else []  # a short batch in the middle would shift all others
+            for group in (*(groups[i] for i in rng.permutation(len(groups))), last):
+                yield from map(int, group)
+
+
 class Collator:
     """Rows of examples to one batch: padded on the right; packed rows carry positions that begin anew with every dialogue."""
 
@@ -206,6 +234,14 @@ class FusionTrainer(Trainer):
 
     training: Training
     watch: _Watch
+
+    def _get_train_sampler(self, train_dataset=None):
+        """See Trainer; the order by length that `Training.by_length` asks for."""
+        if not self.training.by_length:
+            return super()._get_train_sampler(train_dataset)
+        data, examples = self.train_dataset, self.train_dataset.examples
+        lengths = [sum(len(examples[i].ids) for i in row) for row in data.rows]
+        return ByLength(lengths, self.args.per_device_train_batch_size * self.args.world_size, self.training.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See Trainer; `num_items_in_batch` is the number of labels of the whole update, over all devices."""
