@@ -169,3 +169,11 @@ def test_what_makes_no_sense_is_refused(change, word):
     text = "fusechat_fuse: 1\npivot: p\ndata: d\n" + ("sources: [a]\n" if "sources" not in change else "") + change + "\n"
     with pytest.raises(RecipeError, match=word):
         FuseRecipe.from_yaml(text)
+
+
+def test_the_baseline_learns_the_labels_alone_and_asks_no_source(recipe, tmp_path):
+    result = finish(run(recipe.with_(mode="sft"), tmp_path / "sft"))
+    assert list(result.targets) == ["target-sft"] and result.merged is None
+    assert [path.name for path in (tmp_path / "sft" / "work" / "distributions").iterdir()] == ["pivot"]
+    history = json.loads((result.targets["target-sft"] / "training_history.json").read_text())
+    assert all(row["loss"] == pytest.approx(row["clm"], rel=1e-4) and row["fusion"] == 0 for row in history)

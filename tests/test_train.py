@@ -13,7 +13,7 @@ from fusion import Checkpoint, FusionError, OutputError, RecipeError
 from fusion.distill.fused import Example
 from fusion.progress import finish
 from fusion.train import Estimate, Training, estimate
-from fusion.train.trainer import Collator, pack, train
+from fusion.train.trainer import ByLength, Collator, pack, train
 from tests.conftest import load_tensors, save_family
 
 FAST = Training(learning_rate=1e-3, batch=2, accumulate=1, max_steps=3, schedule="constant", warmup=0.0)
@@ -161,3 +161,30 @@ def test_the_estimate_grows_as_the_work_does(pivot):
     full, lora = (estimate(checkpoint, [100] * 32, Training(lora_rank=rank)) for rank in (0, 4))
     assert lora.memory_bytes < full.memory_bytes
     assert estimate(checkpoint, [100] * 32, Training(epochs=2, batch=4, accumulate=2)).steps == 8
+
+
+def test_batches_by_length_hold_similar_dialogues_and_change_with_the_epoch():
+    lengths = np.random.default_rng(0).integers(5, 200, 1003)
+    order = ByLength(lengths, 10, seed=3)
+    first = list(order)
+    assert sorted(first) == list(range(1003)) and list(order) == first
+    spread = [np.ptp(lengths[first[at:at + 10]]) for at in range(0, 500, 10)]
+    assert max(spread) < 20 and np.ptp([lengths[first[at]] for at in range(0, 500, 10)]) > 100  # short and long batches mixed
+    order.set_epoch(1)
+    assert list(order) != first and sorted(order) == list(range(1003))
+
+
+def test_a_training_by_length_learns_every_row_once(pivot, tmp_path):
+    seen: list[int] = []
+
+    class Noted(list):
+        def __getitem__(self, number):
+            seen.append(number)
+            return super().__getitem__(number)
+
+    data = Noted(examples(8))
+    finish(train(pivot, data, tmp_path / "out", Training(learning_rate=1e-3, batch=2, accumulate=1, epochs=1.0, by_length=True)))
+    rows = seen[-8:]
+    assert sorted(rows) == list(range(8))
+    assert [len(list.__getitem__(data, a).ids) <= len(list.__getitem__(data, b).ids)
+            for a, b in zip(rows[::2], rows[1::2], strict=True)] == [True] * 4

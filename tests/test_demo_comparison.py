@@ -1,0 +1,129 @@
+"""The demo family's table: jobs side by side, the arms of a seed, and the tables on numbers that were worked out by hand."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fusion.demo import FOLDER
+from fusion.demo.comparison import GRANULARITIES, MERGES, MULTI, SFT, VARM, aims, compare, merge_settings, tables_of
+from fusion.demo.crew import together
+from fusion.demo.domains import DOMAINS
+from fusion.demo.family import FUSION, members
+from fusion.demo.fusing import fuse_recipe, fuse_seed, write_dialogues
+from fusion.demo.questions import questions
+from fusion.errors import CheckpointError, RecipeError
+from fusion.progress import Meter, finish
+from tests.conftest import load_tensors
+
+TINY = replace(FUSION, dialogues=24, epochs=1.0, batch=8)
+
+
+# ── jobs side by side ────────────────────────────────────────────────────────────────────────────────────────────────
+
+def doubled(number: int):
+    meter = Meter("doubling", 2)
+    yield meter.step(1)
+    yield meter.step(1)
+    return 2 * number
+
+
+def failing():
+    yield Meter("failing").step()
+    raise ValueError("on purpose")
+
+
+def endless(folder: Path):
+    for count in range(10**6):
+        (folder / "alive").write_text(str(count))
+        time.sleep(0.05)
+        yield Meter("waiting", 10**6, done=count).step()
+
+
+def test_every_job_gives_its_result_and_progress_never_falls():
+    seen = []
+    assert finish(together({str(n): (doubled, (n,)) for n in range(3)}, "jobs"), seen.append) == {"0": 0, "1": 2, "2": 4}
+    parts = [progress.fraction for progress in seen]
+    assert parts == sorted(parts) and parts[-1] == 1.0 and seen[-1].note.endswith("done")
+
+
+def test_a_job_that_fails_says_why():
+    with pytest.raises(RuntimeError, match=r"(?s)bad failed.*on purpose"):
+        finish(together({"good": (doubled, (1,)), "bad": (failing, ())}, "jobs"))
+
+
+def test_closing_ends_the_processes(tmp_path):
+    work = together({"one": (endless, (tmp_path,))}, "jobs")
+    next(work)
+    work.close()
+    last = (tmp_path / "alive").read_text()
+    time.sleep(0.3)
+    assert (tmp_path / "alive").read_text() == last
+
+
+# ── the arms ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_all_arms_see_the_same_dialogues_with_the_same_steps(tmp_path):
+    recipes = {mode: fuse_recipe(FOLDER, tmp_path / "data.jsonl", 4, mode) for mode in ("pairwise", "multi", "sft")}
+    assert len({recipe.data for recipe in recipes.values()}) == len({recipe.training for recipe in recipes.values()}) == 1
+    assert recipes["pairwise"].target_names == tuple(members("target")) and recipes["pairwise"].training.seed == 4
+    for seed in (1, 2):
+        write_dialogues(tmp_path / f"{seed}", TINY, seed)
+    write_dialogues(tmp_path / "again", TINY, 1)
+    assert (tmp_path / "1").read_text() == (tmp_path / "again").read_text() != (tmp_path / "2").read_text()
+    assert len((tmp_path / "1").read_text().splitlines()) == 24
+
+
+def test_a_family_that_is_not_complete_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="pivot is not there"):
+        finish(fuse_seed(tmp_path, tmp_path / "out", 0))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(RecipeError, match="from 1 on"):
+        finish(compare(FOLDER, tmp_path / "out", seeds=0))
+
+
+@pytest.mark.timeout(600)
+def test_a_small_comparison_runs_once_and_keeps_what_it_found(tmp_path):
+    done = finish(compare(FOLDER, tmp_path, seeds=1, prompts_per_domain=1, fusion=TINY))
+    rows = [row.model for row in done.methods.rows]
+    assert rows == [*members("source"), "pivot", SFT, MULTI, *members("target"), *MERGES]
+    assert [row.model for row in done.granularities.rows] == ["VARM, model", "VARM, layer", "VARM, module", VARM, "VARM, parameter"]
+    assert list(done.methods.columns) == [*DOMAINS, "average"] and len(done.aims) == 4
+    targets = {name: load_tensors(tmp_path / "seed-0" / "fused" / "targets" / name)
+               for name in (*members("target"), "target-multi", "target-sft")}
+    head = {name: tensors["model.embed_tokens.weight"].numpy().tobytes() for name, tensors in targets.items()}
+    assert len(set(head.values())) == len(head)  # every arm learnt something of its own
+    assert not list((tmp_path / "seed-0").glob("tmp*"))
+    began = time.perf_counter()
+    again = finish(compare(FOLDER, tmp_path, seeds=1, prompts_per_domain=1, fusion=TINY))
+    assert again.by_seed == done.by_seed and time.perf_counter() - began < 60
+
+
+# ── the tables, by hand ──────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_tables_are_means_over_seeds():
+    asked = questions(1)  # one prompt per domain
+    none, every, first = [0] * 8, [1] * 8, [1] + [0] * 7
+
+    def seed(*right: int) -> dict:
+        names = [SFT, MULTI, "target-a", "target-b", *merge_settings()]
+        return {name: [every if name == VARM else list(right) if name == "target-a" else none, none] for name in names}
+
+    done = tables_of({"source-a": [first, none], "pivot": [none, none]}, [seed(*first), seed(*none)], asked)
+    found = {row.model: [cell.value for cell in row.cells] for row in done.methods.rows}
+    assert found["target-a"] == [50.0, *[0.0] * 7, 6.25] and found[VARM] == [100.0] * 9
+    assert found["source-a"] == [100.0, *[0.0] * 7, 12.5]
+    assert done.by_seed["target-a"] == [12.5, 0.0] and done.by_seed["source-a"] == [12.5, 12.5]
+    assert done.granularities.baseline == VARM and len(done.granularities.rows) == len(GRANULARITIES)
+    assert "the mean over 2 seeds" in done.methods.markdown()
+
+
+def test_aims_are_judged_by_the_averages():
+    good = {"s": 60.0, "pivot": 50.0, SFT: 61.0, MULTI: 61.0, "target-a": 62.0, "target-b": 64.0, VARM: 64.0}
+    assert list(aims(good, ["s", "pivot"]).values()) == [True] * 4
+    for change, missed in (({"s": 64.0}, 0), ({SFT: 64.0}, 1), ({"target-b": 64.1}, 2), ({MULTI: 63.0}, 3)):
+        verdicts = list(aims({**good, **change}, ["s", "pivot"]).values())
+        assert [i for i, met in enumerate(verdicts) if not met] == [missed]
