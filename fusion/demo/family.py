@@ -119,12 +119,12 @@ class Fusion:
     """How the targets are made from pivot and sources; see `fusion.train.Training` for the words."""
 
     mixture: Mixture
-    dialogues: int = 3000
-    epochs: float = 4.0
-    batch: int = 24
-    lm_weight: float = 0.5
+    dialogues: int = 5000
+    epochs: float = 2.0
+    batch: int = 16
+    lm_weight: float = 0.9
     learning_rate: float = 1e-3
-    schedule: str = "cosine"
+    schedule: str = "constant_with_warmup"  # a merge averages the noise of the last steps away; decay would do it in each
     blend: Blend = field(default_factory=Blend)
 
 
