@@ -32,8 +32,9 @@ def together(jobs: Mapping[str, Job], stage: str) -> Work[dict[str, object]]:
         while len(results) < len(jobs):
             while waiting and len(running) < AT_ONCE:
                 name = waiting.pop(0)
-                running[name] = context.Process(target=_work, args=(name, *jobs[name], reports))  # may have children of its own
-                running[name].start()
+                process = context.Process(target=_work, args=(name, *jobs[name], reports), daemon=True)
+                process.start()
+                running[name] = process
             name, kind, said = _hear(reports, running)
             if kind == "failed":
                 raise RuntimeError(f"{name} failed:\n{said}")

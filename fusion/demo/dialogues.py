@@ -7,7 +7,7 @@ that was asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from random import Random
 
 from fusion.demo.domains import DOMAINS, SMALLTALK
@@ -26,6 +26,10 @@ SYSTEM_SHARE = 0.1       # dialogues with a system prompt
 SECOND_TURN_SHARE = 0.15
 
 
+def _everything(subject: str) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Mixture:
     """What the dialogues of one model are about.
@@ -36,7 +40,7 @@ class Mixture:
 
     shares: dict[str, float]
     hidden: frozenset[str] = frozenset()
-    knows: Callable[[str], bool] = field(default=lambda subject: True)
+    knows: Callable[[str], bool] = _everything
 
     def kinds(self, domain: str) -> list[Kind]:
         """The kinds of tasks of a domain that may be shown."""
