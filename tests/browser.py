@@ -1,4 +1,4 @@
-"""Headless Chromium for the tests: the system's when there is one, else the one that Playwright installed."""
+"""What the page's tests share: headless Chromium (the system's, else Playwright's own), and a page with two targets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from components.studio import Studio
 
 # No background traffic: on a closed network it only makes noise.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -38,3 +41,10 @@ def open_tab(page: Page, name: str) -> None:
     else:
         page.locator(".overflow-menu > button").click()
         page.locator(".overflow-dropdown").get_by_text(name).click()
+
+
+def two_targets(studio: Studio) -> Studio:
+    """The same studio, whose page opens with the first two of the demo's targets: weights of two are easy to check by eye."""
+    first = studio.first_selection()
+    studio.first_selection = lambda: replace(first, targets=first.targets[:2])
+    return studio

@@ -17,7 +17,8 @@ from components.page import build
 from components.studio import Studio
 from components.theme import HEAD, css, theme
 from fusion import Recipe, demo
-from tests.browser import open_tab
+from fusion.demo.family import members
+from tests.browser import open_tab, two_targets
 
 pytestmark = pytest.mark.browser
 PATIENCE_MS = 30_000
@@ -25,7 +26,7 @@ PATIENCE_MS = 30_000
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory):
-    return Studio(outputs=tmp_path_factory.mktemp("page") / "outputs")
+    return two_targets(Studio(outputs=tmp_path_factory.mktemp("page") / "outputs"))
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,12 @@ def test_the_first_screen_is_filled(visit):
     expect(page.locator("#preflight")).to_contain_text("These models can be merged")
     expect(page.locator("#preflight")).to_contain_text("LlamaForCausalLM")
     expect(page.locator("#glance")).to_contain_text("Who moved which part", timeout=PATIENCE_MS)
+
+
+def test_the_page_opens_with_the_whole_family(tmp_path):
+    picked = Studio(outputs=tmp_path / "outputs").first_selection()
+    assert [picked.pivot, *picked.targets, *picked.sources] == [f"demo/{name}" for role in ("pivot", "target", "source")
+                                                                for name in members(role)]
 
 
 def test_the_main_job_from_picking_to_a_saved_folder(visit, studio):

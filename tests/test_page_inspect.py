@@ -28,7 +28,7 @@ from fusion import FusionError, RecipeError, finish, merge
 from fusion.compare import compare
 from fusion.inspection import Inspection
 from fusion.review import Answer, answered
-from tests.browser import open_tab
+from tests.browser import open_tab, two_targets
 from tests.conftest import save_family
 
 TITLES = ("Maths", "Code")
@@ -274,7 +274,7 @@ def choose(page, menu, option):
 @pytest.mark.browser
 @pytest.mark.parametrize(("look", "width"), [("light", 1440), ("dark", 400)])
 def test_a_person_looks_closer_saves_reads_the_report_and_compares(browser, tmp_path, look, width):
-    with served(Studio(outputs=tmp_path / "outputs")) as url, visiting(browser, url, width, look) as page:
+    with served(two_targets(Studio(outputs=tmp_path / "outputs"))) as url, visiting(browser, url, width, look) as page:
         open_tab(page, "Variation")
         page.get_by_text("Sign conflict", exact=True).click(timeout=PATIENCE_MS)
         expect(page.locator(".hm-card")).to_have_count(1)
@@ -305,7 +305,7 @@ def test_a_person_looks_closer_saves_reads_the_report_and_compares(browser, tmp_
 
 @pytest.mark.browser
 def test_a_large_family_shows_an_estimate_which_is_refined_stopped_and_asked_for(browser, tmp_path, monkeypatch):
-    studio, real = Studio(outputs=tmp_path / "outputs"), studio_module.measure
+    studio, real = two_targets(Studio(outputs=tmp_path / "outputs")), studio_module.measure
     monkeypatch.setattr(studio, "measures_at_once", lambda selection: False)
     monkeypatch.setattr(inspecting, "AT_ONCE_BYTES", 0)
 

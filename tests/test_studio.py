@@ -9,12 +9,13 @@ from components.state import MergeRef, Selection, Settings
 from components.studio import Studio
 from components.variation import edited, grid_of
 from fusion import FusionError, OutputError, Recipe, RecipeError, ResourceError, demo, finish
+from tests.browser import two_targets
 from tests.conftest import save_family, snapshot
 
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory):
-    return Studio(outputs=tmp_path_factory.mktemp("studio") / "outputs")
+    return two_targets(Studio(outputs=tmp_path_factory.mktemp("studio") / "outputs"))
 
 
 @pytest.fixture(scope="module")
