@@ -32,6 +32,7 @@ class EvaluateTab:
     chart: gr.Plot
     command: gr.Code
     downloads: list[gr.DownloadButton]
+    notes: gr.HTML
     answers: gr.HTML
 
 
@@ -128,6 +129,8 @@ def _results() -> dict:
                                                    elem_id=f"evaluate-{kind.lower()}") for kind in ("CSV", "Markdown", "JSON")]
                 command = gr.Code(language="shell", label="The same on the command line", interactive=False, lines=2,
                                   elem_id="evaluate-command", wrap_lines=True, buttons=["copy"])
+                notes = gr.HTML("", elem_id="evaluate-notes", padding=False)
         with gr.Accordion("Every prompt and every answer", open=False, elem_id="evaluate-answers-box"):
             answers = gr.HTML("", elem_id="evaluate-answers", padding=False)
-    return {"results": results, "table": table, "chart": chart, "command": command, "downloads": downloads, "answers": answers}
+    return {"results": results, "table": table, "chart": chart, "command": command, "downloads": downloads,
+            "notes": notes, "answers": answers}

@@ -58,7 +58,7 @@ def _reference(studio: Studio, now: Selection, picked: tuple[str, ...], referenc
 def bind_running(studio: Studio, page: gr.Blocks, selection: gr.State, job: gr.BrowserState, tab: EvaluateTab) -> None:
     """Bind Evaluate and Stop; a page that is opened again finds its evaluation by the id that its browser keeps."""
     jobs = Jobs()  # beside those that save: an evaluation is long and must not keep a save waiting
-    shown = [tab.status, tab.run, tab.stop, tab.results, tab.table, tab.chart, tab.command, *tab.downloads, tab.answers]
+    shown = [tab.status, tab.run, tab.stop, tab.results, tab.table, tab.chart, tab.command, *tab.downloads, tab.notes, tab.answers]
 
     def begin(now: Selection, *values) -> str:
         """Start evaluating models (keys) by domains, perplexity, a judge or lm-eval; returns the id to follow it by."""
@@ -107,12 +107,12 @@ def _view(job: Job, view: tuple[str, bool], tab: EvaluateTab) -> list:
     text, ended = view
     buttons = [text, gr.Button(visible=ended), gr.Button(visible=not ended, interactive=not job.stop.is_set())]
     if job.state != "done":
-        return [*buttons, gr.Column(visible=False), *[gr.skip()] * (len(tab.downloads) + 4)]
+        return [*buttons, gr.Column(visible=False), *[gr.skip()] * (len(tab.downloads) + 5)]
     done: evaluate.Evaluation = job.result.evaluation
     figure = chart(done.table)
     files = [gr.DownloadButton(value=path) for path in _files(done, tab.table.GRADIO_CACHE)]
     return [*buttons, gr.Column(visible=True), showing.table_html(done.table), gr.Plot(figure, visible=figure is not None),
-            job.result.command, *files, showing.answers_html(done)]
+            job.result.command, *files, showing.notes_html(done.table), showing.answers_html(done)]
 
 
 def _files(done: evaluate.Evaluation, cache: str) -> list[str]:

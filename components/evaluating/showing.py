@@ -12,6 +12,7 @@ from fusion.evaluate import Cell, Evaluation, Row, Table, radar
 
 MAX_PROMPTS = 400  # that are listed; the JSON file has them all
 MAX_TEXT = 2000  # characters of one answer
+_COUNTED = {"perplexity": "pieces read"}
 _ENDS = {"length": "cut off by its length", "unread": "the prompt is too long for it"}
 
 
@@ -35,9 +36,12 @@ def summary(done: Evaluation) -> str:
     """One sentence about how it went, with a warning where answers were cut off."""
     rows = done.table.rows
     cut, total = sum(row.truncated or 0 for row in rows), sum(row.answers for row in rows)
-    said = [note("good", f"{done.table.title}: {len(rows)} {'row' if len(rows) == 1 else 'rows'}, {total:,} answers counted.")]
+    who = f"{len(rows)} {'pair' if done.kind == 'pairs' else 'model'}{'s' * (len(rows) > 1)}"
+    said = [note("good", f"{done.table.title}: {who}" + (f", {total:,} {_COUNTED.get(done.kind, 'answers')}." if total else "."))]
     if cut:
-        said.append(note("warning", f"{cut:,} of {total:,} answers were cut off by their length and count as they stand."))
+        todo = " A longer Longest answer lets them end." if done.kind == "domains" else ""
+        said.append(note("warning", f"{cut:,} of {total:,} {_COUNTED.get(done.kind, 'answers')} were cut off by their length and "
+                                    f"count as they stand.{todo}"))
     return f"<div class='fs-flags'>{''.join(said)}</div>"
 
 
@@ -52,12 +56,17 @@ def table_html(table: Table) -> str:
     titles = "".join(f"<th scope='col' class='{kind}'>{escape(name)}</th>" for name, kind in head)
     best = {name: table.best(name) for name in table.columns}
     rows = "".join(_row(table, number, row, best, compared, tested, missing) for number, row in enumerate(table.rows))
-    notes = "".join(f"<li>{escape(text)}</li>" for text in table.notes)
     unit = f" <small>{escape(table.unit)}</small>" if table.unit else ""
     title = escape(table.title, quote=True)
     return (f"<section class='fs-card ev-card'><h3 class='fs-title'>{title}{unit}</h3>"
             f"<div class='fs-table fs-numbers ev-table' tabindex='0' role='region' aria-label='{title}'>"
-            f"<table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table></div><ul class='ev-notes'>{notes}</ul></section>")
+            f"<table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table></div></section>")
+
+
+def notes_html(table: Table) -> str:
+    """How the table is to be read: where intervals and p come from."""
+    notes = "".join(f"<li>{escape(text)}</li>" for text in table.notes)
+    return f"<section class='fs-card ev-notes'><h3>How to read it</h3><ul>{notes}</ul></section>"
 
 
 def _row(table: Table, number: int, row: Row, best: dict, compared: bool, tested: bool, missing: bool) -> str:
@@ -78,7 +87,7 @@ def _cell(table: Table, column: str, cell: Cell, best: bool) -> str:
         return "<td class='ev-quiet'>–</td>"
     value = f"{cell.value:.{table.digits}f}"
     shown = f"<b title='the best of this column'>{value}</b>" if best else f"<span>{value}</span>"
-    interval = "" if math.isnan(cell.low) else f"<small>{cell.low:.{table.digits}f}–{cell.high:.{table.digits}f}</small>"
+    interval = "" if math.isnan(cell.low) else f"<small>[{cell.low:.{table.digits}f}, {cell.high:.{table.digits}f}]</small>"
     summed = column == table.summary
     return f"<td class='{'ev-sum' if summed else ''}'>{shown}{interval}{_whisker(table, cell) if summed else ''}</td>"
 
@@ -96,7 +105,7 @@ def _whisker(table: Table, cell: Cell) -> str:
 def _change(cell: Cell | None) -> str:
     if cell is None or math.isnan(cell.value):
         return "<td class='ev-quiet'>–</td>"
-    interval = "" if math.isnan(cell.low) else f"<small>{cell.low:+.1f} to {cell.high:+.1f}</small>"
+    interval = "" if math.isnan(cell.low) else f"<small>[{cell.low:+.1f}, {cell.high:+.1f}]</small>"
     return f"<td><span>{cell.value:+.1f} %</span>{interval}</td>"
 
 
