@@ -22,11 +22,12 @@ def chart(table: Table) -> go.Figure | None:
     drawn = figure(data)
     for number, trace in enumerate(drawn.data):
         under = max(0, len(drawn.data) - number - 1) % 4  # lines that lie on one another: the lower are wider
-        trace.update(line={"color": color(number), "width": 2 + 1.5 * under, "dash": _DASHES[number // 4 % 2]},
-                     marker={"color": color(number), "size": 6 + 2 * under, "symbol": _SYMBOLS[number % 4]}, cliponaxis=False)
+        trace.update(line={"color": color(number), "width": 2 + under, "dash": _DASHES[number // 4 % 2]},
+                     marker={"color": color(number), "size": 6 + under, "symbol": _SYMBOLS[number % 4]}, cliponaxis=False)
+    between = 90 - 180 / len(data["axes"])  # numbers stand between the first two axes, where no line is
     axis = {"gridcolor": figures.LINE, "linecolor": figures.LINE, "tickfont": {"size": 12}}
     drawn.update_polars(bgcolor="rgba(0,0,0,0)", angularaxis=axis, radialaxis={
-        **axis, "tickfont": {"size": 11}, "nticks": 5, "angle": 90 - 180 / len(data["axes"]), "tickangle": 0})
+        **axis, "tickfont": {"size": 11}, "nticks": 5, "angle": between, "tickangle": between})
     drawn.update_layout(
         template="none", title=None, height=430, plot_bgcolor="rgba(0,0,0,0)", margin={"l": 70, "r": 70, "t": 34, "b": 20},
         font={"color": figures.INK, "size": 13, "family": "IBM Plex Sans, ui-sans-serif, system-ui, sans-serif"},
