@@ -16,7 +16,8 @@ from fusion.anatomy import place
 INK = "#7c8698"  # the one grey that keeps 3:1 on white and on slate 900; CSS below makes it exact where the page allows
 LINE = "rgba(128, 138, 155, 0.28)"
 # Plotly cannot read CSS variables; the page adds this so that axes and legends follow its theme.
-_TEXTS = (".xtick text", ".ytick text", ".legendtext", ".legend2text", ".xtitle", ".ytitle", ".annotation-text")
+_TEXTS = (".xtick text", ".ytick text", ".angularaxistick text", ".legendtext", ".legend2text", ".xtitle", ".ytitle",
+          ".annotation-text")
 CSS = f"{', '.join(f'.js-plotly-plot {text}' for text in _TEXTS)} {{ fill: var(--body-text-color) !important; }}"
 
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")

@@ -48,7 +48,7 @@ class Jobs:
         job = Job(secrets.token_urlsafe(24), title)
         with self._lock:
             if sum(not other.ended for other in self._jobs.values()) >= _QUEUED:
-                raise ResourceError("too many merges are waiting", todo="Try again in a few minutes.")
+                raise ResourceError("too many others are waiting", todo="Try again in a few minutes.")
             self._jobs[job.id] = job
             for old in [key for key, other in self._jobs.items() if other.ended][:max(0, len(self._jobs) - _KEPT)]:
                 del self._jobs[old]

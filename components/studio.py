@@ -133,6 +133,10 @@ class Studio:
             found = error.found.replace(str(entry.folder), entry.title)
             raise CheckpointError(found, where=entry.title, todo=error.todo) from error
 
+    def folder_name(self, key: str) -> str:
+        """A model's folder as recipes and commands name it."""
+        return _shown(self.entry(key).folder)
+
     def _add(self, entry: Entry) -> Entry:
         with self._lock:
             titles = {other.title for other in self._entries.values() if other.key != entry.key}

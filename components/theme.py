@@ -9,6 +9,7 @@ import gradio as gr
 from components import figures
 
 ASSETS = Path(__file__).parent.parent / "assets"
+_SHEETS = (ASSETS / "style.css", ASSETS / "chat.css", ASSETS / "evaluate.css")
 
 # A model's text may hold images and forms; the browser must not fetch or post anything for it.
 _POLICY = "img-src 'self' data: blob:; form-action 'self'; frame-src 'none'; object-src 'none'"
@@ -18,7 +19,7 @@ HEAD = f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n' \
 
 def css() -> str:
     """The style sheets of the page, read from assets."""
-    return "\n".join([*(path.read_text(encoding="utf-8") for path in (ASSETS / "style.css", ASSETS / "chat.css")), figures.CSS])
+    return "\n".join([*(path.read_text(encoding="utf-8") for path in _SHEETS), figures.CSS])
 
 
 def theme() -> gr.themes.Base:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -15,7 +16,17 @@ from fusion import demo
 from fusion.__main__ import main
 from fusion.demo.questions import questions
 from fusion.errors import CheckpointError, FusionError, RecipeError
-from fusion.evaluate import Question, by_lm_eval, chosen, named, perplexity
+from fusion.evaluate import (
+    Lent,
+    Question,
+    by_lm_eval,
+    by_perplexity,
+    by_questions,
+    chosen,
+    document,
+    named,
+    perplexity,
+)
 from fusion.evaluate.models import load
 from fusion.evaluate.tasks import measure
 from fusion.progress import finish
@@ -70,7 +81,7 @@ def test_names_are_short_and_different():
 
 
 def test_a_missing_model_fails_before_another_is_loaded(monkeypatch):
-    monkeypatch.setattr("fusion.evaluate.tasks.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("fusion.evaluate.models.load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(CheckpointError):
         finish(measure({"pivot": PIVOT, "nothing": "/nowhere"}, questions(1)))
 
@@ -94,6 +105,40 @@ def test_the_command_writes_tables_answers_and_json(tmp_path, capsys):
     assert len((out / "answers.jsonl").read_text().splitlines()) == 16
     assert main(["evaluate", PIVOT, "--out", str(out)]) == 2 and "exists already" in capsys.readouterr().err
     assert main(["evaluate", PIVOT, "--prompts", "0"]) == 2
+
+
+def test_only_some_domains_are_asked(capsys):
+    assert main(["evaluate", PIVOT, "--prompts", "1", "--only", "math,stem", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["table"]["columns"] == ["math", "stem", "average"]
+    assert main(["evaluate", PIVOT, "--only", "maths"]) == 2 and "Did you mean 'math'?" in capsys.readouterr().err
+    assert main(["evaluate", PIVOT, "--only", "math", "--lm-eval", "arc"]) == 2 and "eight domains" in capsys.readouterr().err
+
+
+def test_a_model_that_is_lent_is_asked_as_it_lies_in_memory():
+    model, lent = load(PIVOT, "pivot"), []
+
+    @contextlib.contextmanager
+    def opened():
+        lent.append("out")
+        try:
+            yield model
+        finally:
+            lent.append("back")
+
+    its = Lent("in memory", opened, "any")
+    asked, text = questions(1), perplexity.from_text("The capital of Norway is Oslo.\n\nI need a sentence.")
+    done = finish(by_questions({"pivot": PIVOT, "lent": its}, asked, baseline="pivot"))
+    assert lent == ["out", "back"] and (done.scores.values[0] == done.scores.values[1]).all()
+    assert done.to_dict()["settings"]["models"] == {"pivot": PIVOT, "lent": "in memory"}
+    work = by_questions({"lent": its}, asked)
+    for _ in range(3):
+        next(work)
+    work.close()
+    assert lent == ["out", "back"] * 2  # a stopped evaluation gives it back
+    read = finish(by_perplexity({"pivot": PIVOT, "lent": its}, text))
+    assert read.settings["data"] == "2 texts, pasted" and len(lent) == 6
+    assert np.array_equal(read.scores.values[0], read.scores.values[1])
+    json.loads(document(read))
 
 
 def test_the_package_is_cheap_to_import():

@@ -14,7 +14,7 @@ import pytest
 from fusion import demo
 from fusion.__main__ import main
 from fusion.errors import CheckpointError, FusionError, OutputError, RecipeError, Stopped
-from fusion.evaluate import Endpoint, by_judge, load_questions, rubric
+from fusion.evaluate import Endpoint, by_judge, load_questions, questions_from_text, rubric
 from fusion.evaluate.ledger import Ledger
 from fusion.progress import finish
 
@@ -109,7 +109,7 @@ def short(monkeypatch):
         loaded.append(name)
         return name
     monkeypatch.setattr(judge, "answer", answer)
-    monkeypatch.setattr(judge, "load", load)
+    monkeypatch.setattr("fusion.evaluate.models.load", load)
     return loaded
 
 
@@ -154,6 +154,18 @@ def test_questions_are_checked(tmp_path, line, said):
         load_questions(file)
     with pytest.raises(CheckpointError):
         load_questions(tmp_path / "none.jsonl")
+
+
+def test_questions_may_be_pasted_a_line_each_or_as_records(tmp_path):
+    plain = questions_from_text("What is 2 + 2?\n\n  Name a river. \n")
+    assert [(its.question_id, its.category, its.turns) for its in plain] == [("1", "all", ("What is 2 + 2?",)),
+                                                                            ("3", "all", ("Name a river.",))]
+    (tmp_path / "prompts.txt").write_text("What is 2 + 2?\n\n  Name a river. \n")
+    assert load_questions(tmp_path / "prompts.txt") == plain
+    assert questions_from_text("\n".join(map(json.dumps, QUESTIONS)))[1].references == ("32", "18")
+    for text, said in (("  ", "no question"), ('{"turns": ["a"]}\nb', "line 1")):
+        with pytest.raises(RecipeError, match=said):
+            questions_from_text(text)
 
 
 # ── the endpoint ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,12 @@ def test_a_table_by_hand(right):
     assert a.cells[2].low <= 62.5 <= a.cells[2].high
     assert a.versus.value == pytest.approx(100 * (62.5 / 37.5 - 1)) and a.p == 0.5 and b.versus is b.p is None
     assert (a.truncated, b.truncated, b.answers) == (0, 1, 6)
+
+
+def test_the_best_are_those_that_look_best(right):
+    table = from_scores(right, "b")
+    assert (table.best("math"), table.best("stem"), table.best("average")) == ({"a"}, set(), {"a"})
+    assert replace(table, better="low").best("math") == {"b"} and replace(table, better="").best("math") == set()
 
 
 def test_the_terminal_shows_the_interval_of_the_summary(right):

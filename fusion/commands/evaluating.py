@@ -19,6 +19,7 @@ def add(command) -> None:
     sub.add_argument("models", metavar="MODEL", nargs="+", help="a folder, FOLDER+ADAPTER, or a model on the Hub")
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--domains", action="store_true", help="the demo's held-out prompts over eight domains (the default)")
+    sub.add_argument("--only", metavar="DOMAINS", help="of the eight domains only these, separated by commas")
     what.add_argument("--perplexity", metavar="DATA", help="dialogues (.json, .jsonl, .parquet, Hub dataset) or plain text (.txt)")
     what.add_argument("--judge", metavar="QUESTIONS", help="questions in MT-Bench's question.jsonl format, graded by a judge")
     what.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-eval, separated by commas, when it is installed")
@@ -57,6 +58,8 @@ def _check(options: argparse.Namespace) -> None:
             raise RecipeError(f"--{name.replace('_', '-')} is {given}", todo="Give a whole number from 1 on.")
     if options.judge and not (options.endpoint and options.judge_model and options.out):
         raise RecipeError("a judge needs --endpoint, --judge-model and --out", where="--judge")
+    if options.only is not None and (options.perplexity or options.lm_eval or options.judge):
+        raise RecipeError("--only chooses among the eight domains", todo="Leave it out.")
     if not options.judge and (options.endpoint or options.judge_model or options.pairwise):
         raise RecipeError("--endpoint, --judge-model and --pairwise belong to a judge", todo="Add --judge QUESTIONS.")
 
@@ -76,4 +79,7 @@ def _work(options: argparse.Namespace, models: dict[str, str], baseline: str | N
         return evaluate.by_judge(models, asked, judge, options.out, pairwise=options.pairwise, baseline=baseline, **longest)
     from fusion.demo.questions import questions
 
-    return evaluate.by_questions(models, questions(options.prompts or 100), baseline=baseline, **longest)
+    asked = questions(options.prompts or 100)
+    if options.only is not None:
+        asked = evaluate.of_domains(asked, [name.strip() for name in options.only.split(",") if name.strip()])
+    return evaluate.by_questions(models, asked, baseline=baseline, **longest)

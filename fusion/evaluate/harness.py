@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from statistics import NormalDist
 from typing import Any
 
 from fusion.errors import FusionError, RecipeError
-from fusion.evaluate.models import fingerprints, load
+from fusion.evaluate.models import Models, fingerprints, lend
 from fusion.evaluate.tables import Cell, Row, Table
 from fusion.progress import Meter, Work
 
@@ -15,7 +17,15 @@ _NOTE = ("Brackets: value ± 1.96 standard errors as lm-eval gives them; models 
          "cut off is not known here.")
 
 
-def measure(models: Mapping[str, str], tasks: Sequence[str], limit: int | None = None,
+def installed() -> bool:
+    """Whether lm-eval is there."""
+    try:
+        return find_spec("lm_eval") is not None
+    except ValueError:  # somebody put a module without a spec there
+        return False
+
+
+def measure(models: Models, tasks: Sequence[str], limit: int | None = None,
             baseline: str | None = None) -> Work[tuple[Table, dict]]:
     """Run lm-eval's `tasks` on every model, at most `limit` questions per task; yields Progress between models.
 
@@ -24,17 +34,17 @@ def measure(models: Mapping[str, str], tasks: Sequence[str], limit: int | None =
     evaluate, wrap = _package()
     if not tasks:
         raise RecipeError("no lm-eval task was named")
-    fingerprints(dict(models))
+    fingerprints(models)
     meter, found = Meter("lm-eval", len(models), "models"), {}
     for name, ref in models.items():
         yield meter.step(note=name)
-        model = load(ref, name)
-        try:
-            result = evaluate(model=wrap(pretrained=model.model, tokenizer=model.tokenizer), tasks=list(tasks), limit=limit,
-                              log_samples=False)
-        except Exception as error:  # the border to a package of many authors
-            raise FusionError(f"lm-eval stops ({type(error).__name__}: {str(error)[:300]})", where=name,
-                              todo="See lm-eval's list of tasks.") from error
+        with lend(ref, name) as model:
+            try:
+                wrapped = wrap(pretrained=model.model, tokenizer=copy.deepcopy(model.tokenizer))  # it changes the tokenizer
+                result = evaluate(model=wrapped, tasks=list(tasks), limit=limit, log_samples=False)
+            except Exception as error:  # the border to a package of many authors
+                raise FusionError(f"lm-eval stops ({type(error).__name__}: {str(error)[:300]})", where=name,
+                                  todo="See lm-eval's list of tasks.") from error
         found[name] = {task: dict(values) for task, values in result["results"].items()}
         counts = result.get("n-samples", {})
         found[name] |= {task: {**found[name][task], "answers": counts[task]["effective"]} for task in found[name] if task in counts}

@@ -14,7 +14,8 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -26,7 +27,7 @@ from fusion.evaluate import rubric
 from fusion.evaluate.answering import Answer, answer
 from fusion.evaluate.endpoint import Endpoint
 from fusion.evaluate.ledger import Ledger
-from fusion.evaluate.models import load
+from fusion.evaluate.models import Lent, Models, lend
 from fusion.evaluate.scores import Scores
 from fusion.progress import Meter, Work
 
@@ -61,20 +62,33 @@ class _Request:
 
 
 def load_questions(path: str | Path, limit: int | None = None) -> list[JudgeQuestion]:
-    """Read question.jsonl (question_id, category, turns, reference); CheckpointError, RecipeError with the line."""
-    found: dict[str, JudgeQuestion] = {}
+    """Read question.jsonl (question_id, category, turns, reference), or a .txt file with a question in every line.
+
+    CheckpointError, RecipeError with the line.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot be read ({error})", where=str(path)) from error
+    return _collected(lines, str(path), limit, plain=Path(path).suffix == ".txt")
+
+
+def questions_from_text(text: str, where: str = "questions") -> list[JudgeQuestion]:
+    """Questions as people paste them: one in every line, or MT-Bench's question.jsonl; RecipeError with the line."""
+    return _collected(text.splitlines(), where, None, plain=not text.lstrip().startswith("{"))
+
+
+def _collected(lines: Iterable[str], where: str, limit: int | None, plain: bool) -> list[JudgeQuestion]:
+    found: dict[str, JudgeQuestion] = {}
     for number, line in enumerate(lines, 1):
         if line.strip() and (limit is None or len(found) < limit):
-            question = _question(line, f"{path} line {number}")
+            place = f"{where} line {number}"
+            question = JudgeQuestion(str(number), "all", (line.strip(),)) if plain else _question(line, place)
             if question.question_id in found:
-                raise RecipeError(f"the question_id {question.question_id!r} occurs twice", where=f"{path} line {number}")
+                raise RecipeError(f"the question_id {question.question_id!r} occurs twice", where=place)
             found[question.question_id] = question
     if not found:
-        raise RecipeError("there is no question in it", where=str(path))
+        raise RecipeError("there is no question in it", where=where)
     return list(found.values())
 
 
@@ -112,7 +126,7 @@ def pairs_of(models: Sequence[str], baseline: str | None) -> list[tuple[str, str
     return list(combinations(models, 2)) if baseline is None else [(name, baseline) for name in models if name != baseline]
 
 
-def judge(models: Mapping[str, str], questions: Sequence[JudgeQuestion], endpoint: Endpoint, ledger: Ledger, *,
+def judge(models: Models, questions: Sequence[JudgeQuestion], endpoint: Endpoint, ledger: Ledger, *,
           pairs: Sequence[tuple[str, str]] = (), max_new_tokens: int = MAX_NEW_TOKENS) -> Work[Scores]:
     """Let every model answer and the judge grade every answer, or compare `pairs` in both orders when there are any.
 
@@ -134,15 +148,21 @@ def _said(ledger: Ledger, name: str, question: JudgeQuestion, turns: int) -> lis
     return [ledger.records[_key("answer", name, question.question_id, turn)]["text"] for turn in range(1, turns + 1)]
 
 
-def _answers(name: str, ref: str, questions: Sequence[JudgeQuestion], ledger: Ledger, max_new_tokens: int) -> Work[None]:
+def _answers(name: str, ref: str | Lent, questions: Sequence[JudgeQuestion], ledger: Ledger, max_new_tokens: int) -> Work[None]:
     """Fill in the answers of one model, turn by turn; it is loaded only when some are missing."""
+    with ExitStack() as lease:
+        yield from _turns(name, ref, questions, ledger, max_new_tokens, lease)
+
+
+def _turns(name: str, ref: str | Lent, questions: Sequence[JudgeQuestion], ledger: Ledger, max_new_tokens: int,
+           lease: ExitStack) -> Work[None]:
     model = None
     for turn in range(1, max(len(question.turns) for question in questions) + 1):
         wanted = [question for question in questions if len(question.turns) >= turn
                   and _key("answer", name, question.question_id, turn) not in ledger.records]
         if not wanted:
             continue
-        model = model or load(ref, name)
+        model = model or lease.enter_context(lend(ref, name))
         conversations = [_conversation(question, _said(ledger, name, question, turn - 1)) for question in wanted]
 
         def keep(number: int, given: Answer, turn: int = turn, wanted: list[JudgeQuestion] = wanted) -> None:
@@ -160,7 +180,7 @@ def _conversation(question: JudgeQuestion, said: Sequence[str]) -> list[dict[str
     return messages
 
 
-def _grades(models: Mapping[str, str], questions: Sequence[JudgeQuestion], ledger: Ledger) -> Iterator[_Request]:
+def _grades(models: Models, questions: Sequence[JudgeQuestion], ledger: Ledger) -> Iterator[_Request]:
     for name in models:
         for question in questions:
             for turn in range(1, len(question.turns) + 1):

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
 
 from fusion import chat
 from fusion.checkpoint import Checkpoint
 from fusion.errors import RecipeError, nearest
 from fusion.recipe import short_names
 from fusion.sources import open_checkpoint
+
+
+@dataclass(frozen=True)
+class Lent:
+    """A model that somebody else holds, such as a merge in memory: `open` lends it while it is asked.
+
+    `ref` is what results say about it, `fingerprint` tells its weights from others'.
+    """
+
+    ref: str
+    open: Callable[[], AbstractContextManager[chat.ChatModel]]
+    fingerprint: str
+
+
+Models = Mapping[str, "str | Lent"]  # name → a folder, FOLDER+ADAPTER or model on the Hub, or a model that is lent
 
 
 def named(refs: Sequence[str]) -> dict[str, str]:
@@ -23,13 +39,31 @@ def named(refs: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, refs, strict=True))
 
 
-def fingerprints(models: dict[str, str]) -> dict[str, str]:
+def written(models: Models) -> dict[str, str]:
+    """Name → what results say the model is, plain text for every kind."""
+    return {name: ref.ref if isinstance(ref, Lent) else ref for name, ref in models.items()}
+
+
+def fingerprints(models: Models) -> dict[str, str]:
     """Name → fingerprint of its weights; opens (and downloads) every model, so that a wrong name fails before any work."""
     found = {}
     for name, ref in models.items():
+        if isinstance(ref, Lent):
+            found[name] = ref.fingerprint
+            continue
         with closing(open_checkpoint(ref, name)) as checkpoint:
             found[name] = checkpoint.fingerprint
     return found
+
+
+@contextmanager
+def lend(ref: str | Lent, name: str) -> Iterator[chat.ChatModel]:
+    """The model, ready to answer until the `with` block ends: loaded, or borrowed from who holds it."""
+    if isinstance(ref, Lent):
+        with ref.open() as model:
+            yield model
+    else:
+        yield load(ref, name)
 
 
 def chosen(wanted: str | None, models: dict[str, str]) -> str | None:

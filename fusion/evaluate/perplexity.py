@@ -5,9 +5,10 @@ Tokens differ between models, characters do not: nats per character compare mode
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from fusion.distill.dialogues import load as load_dialogues
 from fusion.distill.encoding import Encoded, Encoder
 from fusion.distill.teacher import LocalTeacher, batches, context_of
 from fusion.errors import CheckpointError, MismatchError, RecipeError
-from fusion.evaluate.models import fingerprints, load
+from fusion.evaluate.models import Models, fingerprints, lend
 from fusion.evaluate.scores import Scores
 from fusion.progress import Meter, Work
 
@@ -55,10 +56,10 @@ class _Surprise:
 class _Reader(LocalTeacher):
     """The same reading for a model that is already loaded."""
 
-    def __init__(self, model: ChatModel):
-        self.model, self.device, self.mark = model.model, model.model.device, model.name
+    def __init__(self, model: ChatModel, name: str):
+        self.model, self.device, self.mark = model.model, model.model.device, name
         self.max_tokens = context_of(model.model.config)
-        self.tokenizer = model.tokenizer
+        self.tokenizer = copy.deepcopy(model.tokenizer)  # a tokenizer refuses to serve two threads, and the model may be lent
 
     def nats(self, encoded: Sequence[Encoded]) -> Work[list[np.ndarray]]:
         """The loss at every label of every piece; yields Progress."""
@@ -88,6 +89,18 @@ def read(source: str, limit: int | None = None) -> Data:
     return Data((), tuple(texts), tuple(f"{path.name} piece {n}" for n in range(1, len(texts) + 1)), f"{len(texts)} texts")
 
 
+def from_text(text: str) -> Data:
+    """Plain text as a .txt file holds it, pieces between empty lines; RecipeError when there is none."""
+    pieces = _pieces(text)
+    if not pieces:
+        raise RecipeError("there is no text to read", todo="Paste some sentences, pieces apart by an empty line.")
+    return Data((), tuple(pieces), tuple(f"piece {n}" for n in range(1, len(pieces) + 1)), f"{len(pieces)} texts, pasted")
+
+
+def _pieces(text: str) -> list[str]:
+    return [piece for piece in text.replace("\r\n", "\n").split("\n\n") if piece.strip()]
+
+
 def _texts(path: Path, limit: int | None) -> list[str] | None:
     """The pieces of a plain-text file, None when it is not one: a .jsonl is, when its first record has a `text`."""
     if path.suffix not in (".txt", ".jsonl") or not path.is_file():
@@ -95,7 +108,7 @@ def _texts(path: Path, limit: int | None) -> list[str] | None:
     try:
         with path.open(encoding="utf-8") as lines:
             if path.suffix == ".txt":
-                return [piece for piece in lines.read().split("\n\n") if piece.strip()][:limit]
+                return _pieces(lines.read())[:limit]
             records = (json.loads(line) for line in lines if line.strip())
             first = next(records, None)
             if not isinstance(first, dict) or not isinstance(first.get("text"), str):
@@ -108,18 +121,18 @@ def _texts(path: Path, limit: int | None) -> list[str] | None:
         raise RecipeError("a record has no text, though the first one has", where=str(path)) from error
 
 
-def measure(models: Mapping[str, str], data: Data) -> Work[tuple[Scores, list[dict]]]:
+def measure(models: Models, data: Data) -> Work[tuple[Scores, list[dict]]]:
     """Read all pieces with every model; yields Progress; returns the scores and a record per model and piece.
 
     Of dialogues the replies and their end tokens are counted, each model reading its own chat template. Of plain text every
     token is counted: it begins after the tokenizer's start token, and what exceeds the context is read in windows that follow
     one another. A piece that some model cannot read counts for none.
     """
-    fingerprints(dict(models))
+    fingerprints(models)
     surprises = []
     for name, ref in models.items():
-        reader = _Reader(load(ref, name))
-        surprises.append((yield from (_dialogues if data.dialogues else _plain)(reader, data)))
+        with lend(ref, name) as model:
+            surprises.append((yield from (_dialogues if data.dialogues else _plain)(_Reader(model, name), data)))
     return _scores(tuple(models), data, surprises), _records(models, data, surprises)
 
 
@@ -195,10 +208,10 @@ def _scores(models: tuple[str, ...], data: Data, surprises: list[list[_Surprise 
     values = np.concatenate([nats, nats], axis=1) / weights
     title = f"Perplexity on {len(kept)} of {len(data)} {'dialogues' if data.dialogues else 'texts'}"
     return Scores(title, models, tuple(str(i) for i in kept) * 2, (PER_TOKEN,) * len(kept) + (PER_CHARACTER,) * len(kept), values,
-                  np.concatenate([cut, cut], axis=1), weights, summary=PER_CHARACTER, unit="nats, lower is better")
+                  np.concatenate([cut, cut], axis=1), weights, summary=PER_CHARACTER, unit="nats, lower is better", better="low")
 
 
-def _records(models: Mapping[str, str], data: Data, surprises: list[list[_Surprise | None]]) -> list[dict]:
+def _records(models: Models, data: Data, surprises: list[list[_Surprise | None]]) -> list[dict]:
     return [{"model": name, "origin": data.origins[i], **(vars(its) if its else {"unread": True})}
             for name, row in zip(models, surprises, strict=True) for i, its in enumerate(row)]
 

@@ -74,6 +74,11 @@ def _json(data: object, indent: int | None = None) -> str:
     return json.dumps(data, ensure_ascii=False, allow_nan=False, indent=indent) + "\n"
 
 
+def document(evaluation: Evaluation) -> str:
+    """Everything as one JSON text: settings, table, radar, and a record per answer."""
+    return _json({**evaluation.to_dict(), "answers": list(evaluation.records)}, indent=1)
+
+
 @contextlib.contextmanager
 def _hidden(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, gone at the end unless it was renamed."""

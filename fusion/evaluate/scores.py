@@ -23,7 +23,8 @@ class Scores:
     length; `prompts`, `domains` [items]; `weights` [models, items] for means over tokens or characters, None: equal weights.
     `right_or_wrong` says that values are 0 and 1. `summary` is "average" (the mean of the domains' means) or the domain that
     sums the others up. `turns` [items] makes a column for each turn. `even` is the value that means "no difference", for
-    comparisons; None for plain scores. `unit` is shown; values are shown times `scale`.
+    comparisons; None for plain scores. `unit` is shown; values are shown times `scale`. `better` says which values are good,
+    "high" or "low".
     """
 
     title: str
@@ -39,6 +40,7 @@ class Scores:
     even: float | None = None
     unit: str = ""
     scale: float = 1.0
+    better: str = "high"
 
     def answers(self) -> np.ndarray:
         """One item [answers] for every answer: what is measured on the same answer in two ways counts once."""

@@ -46,7 +46,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its intervals; `notes` say how they were made, `summary` names the column that is compared and tested."""
+    """A table with its intervals; `notes` say how they were made, `summary` names the column that is compared and tested.
+
+    `better` says which values are good: "high", "low", or "" where that is not known.
+    """
 
     title: str
     unit: str
@@ -56,6 +59,18 @@ class Table:
     notes: tuple[str, ...] = ()
     baseline: str | None = None
     summary: str = ""
+    better: str = ""
+
+    def best(self, column: str) -> frozenset[str]:
+        """The models with the best value of a column, as it is shown; none where all agree or nobody knows what is good."""
+        place, values = self.columns.index(column), {}
+        for row in self.rows:
+            if not math.isnan(value := row.cells[place].value):
+                values[row.model] = round(value, self.digits)
+        if not self.better or len(set(values.values())) < 2:
+            return frozenset()
+        top = (max if self.better == "high" else min)(values.values())
+        return frozenset(model for model, value in values.items() if value == top)
 
     def to_dict(self) -> dict:
         """Plain data for a page or a JSON file."""
@@ -137,7 +152,8 @@ def from_scores(scores: Scores, baseline: str | None = None, *, digits: int = 1,
         cut, missing = int(scores.truncated[m, answers].sum()), int(np.isnan(scores.values[m, answers]).sum())
         rows.append(Row(model, cells, versus, p, len(answers), cut, missing))
     notes = (*_notes(scores, baseline, draws, seed), *notes)
-    return Table(scores.title, scores.unit, columns, tuple(rows), digits, notes, baseline, scores.summary)
+    return Table(scores.title, scores.unit, columns, tuple(rows), digits, notes, baseline, scores.summary,
+                 scores.better if scores.even is None else "")
 
 
 def _change(points: np.ndarray, samples: np.ndarray, model: int, against: int) -> Cell:
