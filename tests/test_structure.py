@@ -19,7 +19,7 @@ LEVELS = (  # from the roof down: a module imports lower rows, and in its own ro
      "distill"),
     ("preflight", "variation", "inspection", "writer"),
     ("dtypes", "compiled", "header", "journal", "shards", "anatomy", "files", "quantised", "checkpoint", "digest", "blocks", "view",
-     "pickles", "adapter_settings", "adapters", "hub", "sources", "tables", "documents", "methods", "align", "tokens",
+     "pickles", "adapter_settings", "adapters", "hub", "sources", "tables", "documents", "endpoint", "methods", "align", "tokens",
      "vocabulary"),
     ("errors", "progress", "version"),
 )

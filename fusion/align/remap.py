@@ -11,11 +11,11 @@ def remap(links: Alignment, ids: np.ndarray, logprobs: np.ndarray, table: np.nda
           duplicates: str = "first") -> tuple[np.ndarray, np.ndarray]:
     """Distributions over pivot ids for every pivot position: ids [M, k] int32 (−1 = empty), log-probabilities [M, k] float32.
 
-    `ids`, `logprobs` [N, k]: a source's top-k at each of its positions, best first (position j predicts token j + 1). `table`
-    [V_source]: pivot id of every source id, −1 for none. Mass without a counterpart is dropped and the rest renormalised;
-    a position where nothing is left, or to which no source position corresponds, is empty: the pivot's own distribution is
-    used there. `duplicates`: of source tokens with one pivot token keep the "first" (most probable; the papers) or their
-    "sum". Source: FuseLLM, arXiv 2401.10491; FuseChat 2.0, arXiv 2408.07990.
+    `ids`, `logprobs` [N, k]: a source's top-k at each of its positions, best first (position j predicts token j + 1), −1 for
+    an empty place. `table` [V_source]: pivot id of every source id, −1 for none; ids beyond it have none. Mass without a
+    counterpart is dropped and the rest renormalised; a position where nothing is left, or to which no source position
+    corresponds, is empty: the pivot's own distribution is used there. `duplicates`: of source tokens with one pivot token keep
+    the "first" (most probable; the papers) or their "sum". Source: FuseLLM, arXiv 2401.10491; FuseChat 2.0, arXiv 2408.07990.
     """
     if duplicates not in ("first", "sum"):
         raise ValueError(f"duplicates must be first or sum, not {duplicates!r}")
@@ -26,7 +26,9 @@ def remap(links: Alignment, ids: np.ndarray, logprobs: np.ndarray, table: np.nda
     if not len(at):
         return found, chances.astype(np.float32)
     theirs = links.usable[at]
-    mapped, chance = table[ids[theirs]], logprobs[theirs].astype(np.float64)
+    given, chance = ids[theirs], logprobs[theirs].astype(np.float64)
+    inside = (given >= 0) & (given < len(table))  # models may have more rows than their tokenizers have tokens
+    mapped = np.where(inside, table[np.where(inside, given, 0)], -1) if len(table) else np.full(given.shape, -1, np.int32)
     chance = np.where(mapped >= 0, chance, -np.inf)
     for column in range(1, k):  # k is small; rows are many
         same = (mapped[:, :column] == mapped[:, column:column + 1]) & (mapped[:, column:column + 1] >= 0)

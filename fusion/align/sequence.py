@@ -129,29 +129,34 @@ def _path(pivot: Sequence[str], source: Sequence[str], discount: bool, ties: str
     cost = _costs(source, pivot, discount)
     width = band if band is not None else 48 + abs(len(pivot) - len(source)) // 4
     while True:
-        table, edges = _table(cost, width)
+        table, edges = _table(*cost, width)
         cells, touched = _trace(table, edges, ties)
         if not touched:
             return [(j, i) for i, j in cells]
         width *= 2
 
 
-def _costs(source: Sequence[str], pivot: Sequence[str], discount: bool) -> np.ndarray:
-    """Costs [N, M] int32 of aligning every source token with every pivot token."""
+def _costs(source: Sequence[str], pivot: Sequence[str], discount: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Costs int32 of aligning every different source token with every different pivot token; the row [N] of each source
+    position and the column [M] of each pivot position."""
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
     rows, row = _unique(source)
     columns, column = _unique(pivot)
-    distance = cdist(rows, columns, scorer=Levenshtein.distance, dtype=np.uint16).astype(np.int32)
-    cost = distance * _UNIT
+    distance = cdist(rows, columns, scorer=Levenshtein.distance, dtype=np.uint16)
+    cost = distance.astype(np.int32)
+    cost *= _UNIT
     if discount:
-        lengths = np.array([len(text) for text in rows])[:, None], np.array([len(text) for text in columns])[None]
-        maybe = (distance == np.abs(lengths[0] - lengths[1])) & (lengths[0] > 0) & (lengths[1] > 0)
-        for a, b in zip(*np.nonzero(maybe), strict=True):  # only these can contain one another
-            if rows[a] in columns[b] or columns[b] in rows[a]:
-                cost[a, b] = distance[a, b] * _CONTAINED
-    return cost[row][:, column]
+        lengths = [np.array([len(text) for text in texts], np.int32) for texts in (rows, columns)]
+        maybe = (distance > 0) & (distance == np.abs(np.subtract.outer(*lengths)))
+        maybe[lengths[0] == 0] = False
+        maybe[:, lengths[1] == 0] = False
+        at = np.flatnonzero(maybe)  # only these can contain one another
+        pairs = zip(*(part.tolist() for part in np.divmod(at, len(columns))), strict=True)
+        within = at[[rows[i] in columns[j] or columns[j] in rows[i] for i, j in pairs]] if len(at) else at
+        cost.flat[within] = distance.flat[within].astype(np.int32) * _CONTAINED
+    return cost, row, column
 
 
 def _unique(tokens: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -164,29 +169,29 @@ def _plain(token: str) -> str:
     return token[1:] if token[:1] == " " and len(token) > 1 else token
 
 
-def _table(cost: np.ndarray, width: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+def _table(cost: np.ndarray, row: np.ndarray, column: np.ndarray, width: int) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """Cheapest cost [N + 1, M + 1] of reaching every cell in the band, and the band's first and last column of every row.
 
     Row by row: D(j) = c(j) + min(x(j), D(j − 1)) with x the better of the two cells above, solved for a whole row at once by
-    a running sum and a running minimum. Whole numbers, so this is exact.
+    a running sum and a running minimum. Whole numbers, so this is exact. The sums of all rows are made before the loop.
     """
-    n, m = cost.shape
+    n, m = len(row), len(column)
     middle = np.arange(n) * (m - 1) // max(n - 1, 1)
     slope = -(-m // n)
     first, last = np.maximum(middle - width - slope, 0), np.minimum(middle + width + slope, m - 1)
+    columns = column[np.minimum(first[:, None] + np.arange((last - first).max() + 1), m - 1)]
+    total = np.zeros((n, columns.shape[1] + 1), np.int32)
+    np.cumsum(cost[row[:, None], columns], axis=1, out=total[:, 1:])
     table = np.full((n + 1, m + 1), _FAR, np.int32)
     table[0, 0] = 0
-    for i in range(n):
-        a, b = first[i], last[i] + 1
-        above = table[i, a:b + 1]
-        best = np.minimum(above[1:], above[:-1])
-        total = np.cumsum(cost[i, a:b], dtype=np.int32)
-        best[1:] -= total[:-1]
-        row = table[i + 1, a + 1:b + 1]
-        np.minimum.accumulate(best, out=row)
-        row += total
-        np.minimum(row, _FAR, out=row)
-    return table, (first, last)
+    spans = zip(first.tolist(), (last + 1).tolist(), strict=True)
+    for (a, b), above, here, sums in zip(spans, table[:-1], table[1:], total, strict=True):
+        found = here[a + 1:b + 1]
+        np.minimum(above[a:b], above[a + 1:b + 1], out=found)
+        found -= sums[:b - a]
+        np.minimum.accumulate(found, out=found)
+        found += sums[1:b - a + 1]
+    return np.minimum(table, _FAR, out=table), (first, last)
 
 
 def _trace(table: np.ndarray, edges: tuple[np.ndarray, np.ndarray], ties: str) -> tuple[list[tuple[int, int]], bool]:

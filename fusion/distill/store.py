@@ -22,7 +22,10 @@ PLAN_FILE = "plan.json"
 
 @dataclass(frozen=True)
 class Rows:
-    """The distributions of one dialogue: `ids`, `logprobs` [L, k] best first, `logsumexp`, `nats` [L] (the gold token's −log p)."""
+    """The distributions of one dialogue: `ids`, `logprobs` [L, k] best first, `logsumexp`, `nats` [L] (the gold token's −log p).
+
+    An id of −1 with probability 0 fills a place for which nothing is known.
+    """
 
     ids: np.ndarray
     logprobs: np.ndarray

@@ -125,7 +125,7 @@ def vocabulary_table(pivot: Vocabulary, source: Vocabulary, blend: Blend, seen: 
                      counts: Counter | None = None) -> np.ndarray:
     """Pivot id of every source id that was `seen`; `ends` maps the source's end tokens to the pivot's."""
     return map_vocabulary(source.surfaces, pivot.surfaces, blend.mapping, counts=counts, forced=ends,
-                          only=[i for i in seen if i < len(source.surfaces)])
+                          only=[i for i in seen if 0 <= i < len(source.surfaces)])
 
 
 def pair_counts(pairs: Sequence[tuple[Encoded, Encoded]], words: tuple[Vocabulary, Vocabulary]) -> Counter:

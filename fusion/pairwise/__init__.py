@@ -3,7 +3,7 @@
     finish(run(FuseRecipe.load("fuse.yaml"), "fused"))
 """
 
-from fusion.pairwise.recipe import FuseRecipe
+from fusion.pairwise.recipe import FuseRecipe, Served
 from fusion.pairwise.stages import FuseResult, Stage, plan, run
 
-__all__ = ["FuseRecipe", "FuseResult", "Stage", "plan", "run"]
+__all__ = ["FuseRecipe", "FuseResult", "Served", "Stage", "plan", "run"]

@@ -9,6 +9,7 @@ from typing import get_type_hints
 
 from fusion import documents
 from fusion.distill.targets import Blend
+from fusion.endpoint import Server
 from fusion.errors import FusionError, RecipeError, nearest
 from fusion.recipe import Recipe, short_names
 from fusion.train import Training
@@ -18,10 +19,19 @@ MODES = ("pairwise", "multi", "sft")
 
 
 @dataclass(frozen=True)
+class Served:
+    """Where a source is served: the address of an OpenAI-compatible server and the model's name there."""
+
+    server: str
+    model: str
+
+
+@dataclass(frozen=True)
 class FuseRecipe:
     """A fusion run; the defaults are exact where the papers approximate, and the papers' elsewhere.
 
-    `pivot`, `sources`: folders or Hub ids, `names` what the sources are called. `data`: a file, folder or Hub dataset of
+    `pivot`, `sources`: folders or Hub ids, `names` what the sources are called, `servers` by these names: sources that a server
+    runs, of which only the tokenizer is read from the folder. `data`: a file, folder or Hub dataset of
     dialogues; `limit` takes only the first so many (0 = all). `template`: "own" (each model's chat template), "plain", or the
     Jinja text of a template shared by all. `max_tokens` of a dialogue by the longest tokenisation; `top_k` tokens kept per
     label. `mode` "pairwise" makes one target per source and merges them, "multi" one target from all sources at once, "sft" one
@@ -43,6 +53,7 @@ class FuseRecipe:
     blend: Blend = field(default_factory=Blend)
     training: Training = field(default_factory=Training)
     merge: Mapping[str, object] = field(default_factory=dict)
+    servers: Mapping[str, Served] = field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "sources", tuple(map(str, self.sources)))
@@ -66,10 +77,17 @@ class FuseRecipe:
     def check(self) -> FuseRecipe:
         """Return self, or raise RecipeError with everything that is wrong."""
         found = [f"{name}: there is none." for name in ("pivot", "sources", "data") if not getattr(self, name)]
-        if len(set(self.sources)) != len(self.sources) or len(set(self.names)) != len(self.sources):
+        models = {(path, self.servers.get(name)) for name, path in zip(self.names, self.sources, strict=False)}
+        if len(models) != len(self.sources) or len(set(self.names)) != len(self.sources) or "pivot" in self.names:
             found.append("sources: every source needs a folder and a name of its own.")
         if len(set(self.target_names)) != len(self.target_names) or any(name.startswith(".") for name in self.target_names):
             found.append(f"sources: these names make no good folder names: {', '.join(self.target_names)}.")
+        found += [f"sources: there is no {name} that a server could run." for name in self.servers if name not in self.names]
+        for served in self.servers.values():
+            try:
+                Server(served.server, served.model)
+            except RecipeError as error:
+                found.append(f"sources: {error}")
         if self.mode not in MODES:
             found.append(f"mode: unknown {self.mode!r}. {nearest(self.mode, MODES)}")
         found += [f"{name}: {getattr(self, name)} is not above 0." for name in ("max_tokens", "top_k", "batch_tokens")
@@ -97,14 +115,15 @@ class FuseRecipe:
     def to_dict(self) -> dict:
         """Plain data as the YAML file has it; settings at their default are left out."""
         data: dict = {"fusechat_fuse": VERSION, "pivot": self.pivot,
-                      "sources": [{"name": n, "path": p} for n, p in zip(self.names, self.sources, strict=True)]}
+                      "sources": [{"name": name, "path": path, **(asdict(self.servers[name]) if name in self.servers else {})}
+                                  for name, path in zip(self.names, self.sources, strict=True)]}
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name in ("blend", "training"):
                 plain, basis = asdict(value), asdict(type(value)())
                 changed = {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items() if v != basis[k]}
                 data |= {item.name: changed} if changed else {}
-            elif item.name not in data and item.name != "names" and (item.name == "data" or value != item.default) \
+            elif item.name not in (*data, "names", "servers") and (item.name == "data" or value != item.default) \
                     and not (item.name == "merge" and not value):
                 data[item.name] = dict(value) if item.name == "merge" else value
         return data
@@ -143,7 +162,7 @@ def _read(document: documents.Document) -> tuple[FuseRecipe | None, list[documen
     if not isinstance(data, dict) or data.get("fusechat_fuse") != VERSION:
         return None, [(document.line(("fusechat_fuse",)), f"a fusion recipe begins with `fusechat_fuse: {VERSION}`")]
     values = {}
-    known = {item.name for item in fields(FuseRecipe)} - {"names"}
+    known = {item.name for item in fields(FuseRecipe)} - {"names", "servers"}
     hints = get_type_hints(FuseRecipe)
     for key, value in data.items():
         line = document.line((key,))
@@ -151,7 +170,8 @@ def _read(document: documents.Document) -> tuple[FuseRecipe | None, list[documen
             values[key], faults = _part(hints[key], value, document, key)
             problems += faults
         elif key == "sources":
-            values["sources"], values["names"], faults = _sources(value, document)
+            found, faults = _sources(value, document)
+            values |= found
             problems += faults
         elif key not in known | {"fusechat_fuse"}:
             problems.append((line, f"{key}: unknown setting. {nearest(key, known)}"))
@@ -194,16 +214,30 @@ def _fits(given: object, wanted: object) -> bool:
     return isinstance(given, type(wanted))
 
 
-def _sources(value: object, document: documents.Document) -> tuple[tuple, tuple, list[documents.Problem]]:
-    paths, names, problems = [], [], []
+def _sources(value: object, document: documents.Document) -> tuple[dict, list[documents.Problem]]:
+    """The fields `sources`, `names` and `servers`."""
+    paths, names, served, problems = [], [], [], []
     for i, entry in enumerate(value if isinstance(value, list) else [value]):
         entry = {"path": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or not set(entry) <= {"path", "name"} or not isinstance(entry.get("path"), str) \
-                or not isinstance(entry.get("name", ""), str):
-            problems.append((document.line(("sources", i)),
-                             f"sources: {entry!r} should be a path, or a table with `path` and `name`."))
+        fault = _wrong_source(entry)
+        if fault:
+            problems.append((document.line(("sources", i)), f"sources: {entry!r} {fault}"))
             continue
         paths.append(entry["path"])
         names.append(entry.get("name", ""))
+        served.append(Served(entry["server"], entry["model"]) if "server" in entry else None)
     short = short_names(("pivot", *paths))[1:] if paths else []
-    return tuple(paths), tuple(own or other for own, other in zip(names, short, strict=True)), problems
+    names = [own or other for own, other in zip(names, short, strict=True)]
+    servers = {name: its for name, its in zip(names, served, strict=True) if its}
+    return {"sources": tuple(paths), "names": tuple(names), "servers": servers}, problems
+
+
+def _wrong_source(entry: object) -> str:
+    """What is wrong with one entry of `sources`, "" for nothing."""
+    known = {"path", "name", "server", "model"}
+    if not isinstance(entry, dict) or not set(entry) <= known or not isinstance(entry.get("path"), str) \
+            or not all(isinstance(its, str) for its in entry.values()):
+        return "should be a path, or a table with `path` and `name`, and `server` and `model` if a server runs it."
+    if ("server" in entry) != ("model" in entry):
+        return "needs both `server` (its address) and `model` (the name there), or neither."
+    return ""

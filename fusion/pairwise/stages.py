@@ -17,8 +17,9 @@ from fusion.checkpoint import Checkpoint
 from fusion.distill.dialogues import Dialogue, Report, load, split_long
 from fusion.distill.encoding import PLAIN, Encoder
 from fusion.distill.fused import STATISTICS_FILE, FusedData, Knower, build
+from fusion.distill.server import ServerTeacher, load_tokenizer
 from fusion.distill.store import PLAN_FILE, Store, write_whole
-from fusion.distill.teacher import LocalTeacher, prepare, represent, stored_as_read
+from fusion.distill.teacher import LocalTeacher, Teacher, prepare, represent, stored_as_read
 from fusion.errors import FusionError, MismatchError, OutputError
 from fusion.merge import merge
 from fusion.pairwise.recipe import FuseRecipe
@@ -87,7 +88,7 @@ def cost(recipe: FuseRecipe, out: str | os.PathLike) -> Estimate | None:
     place = Place(out)
     if not place.dialogues.exists():
         return None
-    encoder, checkpoint = _encoder(recipe.pivot, recipe), open_checkpoint(recipe.pivot)
+    encoder, checkpoint = _encoder("pivot", recipe.pivot, recipe), open_checkpoint(recipe.pivot)
     lengths = [len(encoder.encode(dialogue).ids) for dialogue in stored_dialogues(place.dialogues)]
     checkpoint.close()
     return estimate(checkpoint, lengths, recipe.training)
@@ -104,8 +105,8 @@ def run(recipe: FuseRecipe, out: str | os.PathLike) -> Work[FuseResult]:
     if crew.first:
         _claim(recipe, place)
     crew.wait()
-    encoders = {name: _encoder(source, recipe) for name, source in (("pivot", recipe.pivot), *zip(recipe.names, recipe.sources,
-                                                                                                strict=True))}
+    models = (("pivot", recipe.pivot), *zip(recipe.names, recipe.sources, strict=True))
+    encoders = {name: _encoder(name, source, recipe) for name, source in models}
     dialogues, report = yield from _data(recipe, place, encoders, crew)
     knowers = {}
     for name, source in recipe.teachers:
@@ -170,9 +171,11 @@ def _claim(recipe: FuseRecipe, place: Place) -> None:
         raise OutputError(f"cannot be written ({error.strerror})", where=str(place.out)) from error
 
 
-def _encoder(source: str, recipe: FuseRecipe) -> Encoder:
+def _encoder(name: str, source: str, recipe: FuseRecipe) -> Encoder:
     from transformers import AutoTokenizer
 
+    if name in recipe.servers:
+        return Encoder(load_tokenizer(source), template_of(recipe), recipe.max_tokens)
     checkpoint = open_checkpoint(source)
     checkpoint.close()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -232,11 +235,7 @@ def _distributions(name: str, source: str, recipe: FuseRecipe, place: Place, dia
     folder = place.distributions(name)
     if _complete(folder):
         yield Progress(f"Distributions of {name}", note="already there")
-    teacher = None if _complete(folder) and crew.count == 1 else LocalTeacher(
-        source, template=template_of(recipe), max_tokens=recipe.max_tokens, dtype=recipe.teacher_dtype)
-    mark = open_checkpoint(source).fingerprint if teacher is None else teacher.mark
-    encoder = _encoder(source, recipe) if teacher is None else teacher.encoder
-    teacher = teacher or Finished(encoder, mark)
+    teacher = _teacher(name, source, recipe, finished=_complete(folder) and crew.count == 1)
     if crew.first:
         prepare(teacher, dialogues, folder, top_k=recipe.top_k)
     crew.wait()
@@ -244,6 +243,16 @@ def _distributions(name: str, source: str, recipe: FuseRecipe, place: Place, dia
                                            part=(crew.rank, crew.count)), f"Distributions of {name}")
     crew.wait()
     return store
+
+
+def _teacher(name: str, source: str, recipe: FuseRecipe, finished: bool) -> Teacher:
+    """The model itself, or its server; weights are not loaded when all its distributions are stored."""
+    template, served = template_of(recipe), recipe.servers.get(name)
+    if served:
+        return ServerTeacher(source, served.server, served.model, template=template, max_tokens=recipe.max_tokens)
+    if finished:
+        return Finished(_encoder(name, source, recipe), open_checkpoint(source).fingerprint)
+    return LocalTeacher(source, template=template, max_tokens=recipe.max_tokens, dtype=recipe.teacher_dtype)
 
 
 @dataclass(frozen=True)
