@@ -36,7 +36,27 @@ class Teacher(Protocol):
         """The distributions at the labels of some dialogues of similar length."""
 
 
-class LocalTeacher:
+class LoadedTeacher:
+    """A causal model of transformers that is in memory already; `template` shared by all models, None = the tokenizer's own."""
+
+    def __init__(self, model, tokenizer, mark: str = "", *, template: str | None = None, max_tokens: int | None = None):
+        self.model, self.mark, self.device = model, mark, model.device
+        self.encoder = Encoder(tokenizer, template, max_tokens or context_of(model.config))
+
+    def rows(self, batch: Sequence[Encoded], top_k: int) -> list[Rows]:
+        """See Teacher; padding stands on the right, where attention never looks."""
+        import torch
+
+        longest = max(len(encoded.ids) for encoded in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        for row, encoded in zip(ids, batch, strict=True):
+            row[:len(encoded.ids)] = torch.from_numpy(encoded.ids)
+        with torch.inference_mode():
+            hidden = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+            return [_top(hidden[i], encoded, top_k) for i, encoded in enumerate(batch)]
+
+
+class LocalTeacher(LoadedTeacher):
     """A causal model that transformers loads: a folder, "folder+adapter" or a Hub id.
 
     `dtype` "auto" (as stored), "float32", "bfloat16" …; `device` "auto" takes a GPU when there is one; `template` shared by
@@ -49,7 +69,7 @@ class LocalTeacher:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         with closing(open_checkpoint(source)) as checkpoint:
-            self.mark, folder = checkpoint.fingerprint, checkpoint.folder
+            mark, folder = checkpoint.fingerprint, checkpoint.folder
             # An adapter, or weights that were converted elsewhere: the folder alone would be another model.
             state = None if stored_as_read(checkpoint) else {name: torch.from_numpy(checkpoint[name]) for name in checkpoint}
         try:
@@ -64,21 +84,8 @@ class LocalTeacher:
                                              dtype=torch.float32 if dtype == "auto" else dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"transformers cannot load it ({str(error)[:300]})", where=source) from error
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        self.model = model.to(self.device).eval()
-        self.encoder = Encoder(tokenizer, template, max_tokens or context_of(model.config))
-
-    def rows(self, batch: Sequence[Encoded], top_k: int) -> list[Rows]:
-        """See Teacher; padding stands on the right, where attention never looks."""
-        import torch
-
-        longest = max(len(encoded.ids) for encoded in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        for row, encoded in zip(ids, batch, strict=True):
-            row[:len(encoded.ids)] = torch.from_numpy(encoded.ids)
-        with torch.inference_mode():
-            hidden = self.model(input_ids=ids.to(self.device), use_cache=False).logits
-            return [_top(hidden[i], encoded, top_k) for i, encoded in enumerate(batch)]
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        super().__init__(model.to(place).eval(), tokenizer, mark, template=template, max_tokens=max_tokens)
 
 
 def _top(logits, encoded: Encoded, top_k: int) -> Rows:
