@@ -19,14 +19,13 @@ from fusion.distill.encoding import PLAIN, Encoder
 from fusion.distill.fused import STATISTICS_FILE, FusedData, Knower, build
 from fusion.distill.store import PLAN_FILE, Store, write_whole
 from fusion.distill.teacher import LocalTeacher, prepare, represent, stored_as_read
-from fusion.errors import FusionError, MismatchError, OutputError
+from fusion.errors import FusionError, MismatchError
 from fusion.merge import merge
+from fusion.pairwise.place import Place, claim
 from fusion.pairwise.recipe import FuseRecipe
 from fusion.progress import Progress, Work
 from fusion.sources import open_checkpoint
 from fusion.train import Estimate, estimate
-
-RECIPE_FILE = "fuse_recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -46,25 +45,6 @@ class FuseResult:
     merged: Path | None
     report: dict
     statistics: dict
-
-
-class Place:
-    """The files of one run under its folder."""
-
-    def __init__(self, out: str | os.PathLike):
-        self.out = Path(out).absolute()
-        self.dialogues = self.out / "work" / "dialogues.jsonl"
-        self.report = self.out / "work" / "dialogues_report.json"
-        self.merged = self.out / "merged"
-
-    def distributions(self, name: str) -> Path:
-        return self.out / "work" / "distributions" / name.replace("/", "-")
-
-    def fused(self, target: str) -> Path:
-        return self.out / "work" / "fused" / target
-
-    def target(self, target: str) -> Path:
-        return self.out / "targets" / target
 
 
 def plan(recipe: FuseRecipe, out: str | os.PathLike) -> list[Stage]:
@@ -87,7 +67,7 @@ def cost(recipe: FuseRecipe, out: str | os.PathLike) -> Estimate | None:
     place = Place(out)
     if not place.dialogues.exists():
         return None
-    encoder, checkpoint = _encoder(recipe.pivot, recipe), open_checkpoint(recipe.pivot)
+    encoder, checkpoint = encoder_of(recipe.pivot, recipe), open_checkpoint(recipe.pivot)
     lengths = [len(encoder.encode(dialogue).ids) for dialogue in stored_dialogues(place.dialogues)]
     checkpoint.close()
     return estimate(checkpoint, lengths, recipe.training)
@@ -102,9 +82,9 @@ def run(recipe: FuseRecipe, out: str | os.PathLike) -> Work[FuseResult]:
     recipe.check()
     place, crew = Place(out), Crew()
     if crew.first:
-        _claim(recipe, place)
+        claim(recipe, place)
     crew.wait()
-    encoders = {name: _encoder(source, recipe) for name, source in (("pivot", recipe.pivot), *zip(recipe.names, recipe.sources,
+    encoders = {name: encoder_of(source, recipe) for name, source in (("pivot", recipe.pivot), *zip(recipe.names, recipe.sources,
                                                                                                 strict=True))}
     dialogues, report = yield from _data(recipe, place, encoders, crew)
     knowers = {}
@@ -148,28 +128,8 @@ class Crew:
             self._state.wait_for_everyone()
 
 
-def _claim(recipe: FuseRecipe, place: Place) -> None:
-    """Make the folder, or make sure that what lies there is of the same recipe."""
-    file = place.out / RECIPE_FILE
-    if place.out.exists() and not file.exists() and any(place.out.iterdir()):
-        raise OutputError("the folder is not empty and was not made by this program", where=str(place.out),
-                          todo="Choose another folder.")
-    fixed = {key: value for key, value in recipe.to_dict().items() if key not in ("sources", "mode", "merge", "batch_tokens")}
-    if file.exists():
-        before = FuseRecipe.load(file).to_dict()
-        other = sorted(key for key in fixed.keys() | before.keys() if key not in ("sources", "mode", "merge", "batch_tokens")
-                       and fixed.get(key) != before.get(key))
-        if other:
-            raise MismatchError(f"the folder was begun with another recipe ({', '.join(other)} differ)", where=str(place.out),
-                                todo="Choose another folder, or give the recipe it was begun with.")
-    try:
-        (place.out / "work").mkdir(parents=True, exist_ok=True)
-        write_whole(file, recipe.to_yaml().encode())
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror})", where=str(place.out)) from error
-
-
-def _encoder(source: str, recipe: FuseRecipe) -> Encoder:
+def encoder_of(source: str, recipe: FuseRecipe) -> Encoder:
+    """How a model of this recipe reads dialogues."""
     from transformers import AutoTokenizer
 
     checkpoint = open_checkpoint(source)
@@ -234,7 +194,7 @@ def _distributions(name: str, source: str, recipe: FuseRecipe, place: Place, dia
     teacher = None if _complete(folder) and crew.count == 1 else LocalTeacher(
         source, template=template_of(recipe), max_tokens=recipe.max_tokens, dtype=recipe.teacher_dtype)
     mark = open_checkpoint(source).fingerprint if teacher is None else teacher.mark
-    encoder = _encoder(source, recipe) if teacher is None else teacher.encoder
+    encoder = encoder_of(source, recipe) if teacher is None else teacher.encoder
     teacher = teacher or Finished(encoder, mark)
     if crew.first:
         prepare(teacher, dialogues, folder, top_k=recipe.top_k)
