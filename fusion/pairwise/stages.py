@@ -27,6 +27,9 @@ from fusion.progress import Progress, Work
 from fusion.sources import open_checkpoint
 from fusion.train import Estimate, estimate
 
+_TITLES = {"data": "Reading dialogues", "distributions": "Distributions of {}", "fused targets": "Fusing for {}",
+           "training": "Training {}", "merge": "Merging the targets"}
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -34,7 +37,12 @@ class Stage:
 
     name: str
     subject: str
-    done: bool
+    done: bool = False
+
+    @property
+    def title(self) -> str:
+        """What the Progress of this stage is called."""
+        return _TITLES[self.name].format(self.subject)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ def run(recipe: FuseRecipe, out: str | os.PathLike) -> Work[FuseResult]:
     crew.wait()
     if recipe.mode == "pairwise" and crew.first and not place.merged.is_dir():
         paths = tuple(str(folder) for folder in targets.values())
-        yield from _labelled(merge(recipe.merge_recipe(recipe.pivot, paths), place.merged), "Merging the targets")
+        yield from _labelled(merge(recipe.merge_recipe(recipe.pivot, paths), place.merged), Stage("merge", "").title)
     crew.wait()
     return FuseResult(targets, place.merged if recipe.mode == "pairwise" else None, report, statistics)
 
@@ -146,7 +154,7 @@ def template_of(recipe: FuseRecipe) -> str | None:
 def _data(recipe: FuseRecipe, place: Place, encoders: dict[str, Encoder], crew: Crew) -> Work[tuple[list[Dialogue], dict]]:
     """Read, split and check the dialogues once; every model must be able to show each of them as it is."""
     if crew.first and not (place.dialogues.exists() and place.report.exists()):
-        yield Progress("Reading dialogues", note=recipe.data)
+        yield Progress(Stage("data", recipe.data).title, note=recipe.data)
         dialogues, report = load(recipe.data, limit=recipe.limit or None)
         dialogues = split_long(dialogues, lambda dialogue: max(encoder.length(dialogue) for encoder in encoders.values()),
                                recipe.max_tokens, report)
@@ -190,7 +198,7 @@ def _distributions(name: str, source: str, recipe: FuseRecipe, place: Place, dia
                    crew: Crew) -> Work[Store]:
     folder = place.distributions(name)
     if _complete(folder):
-        yield Progress(f"Distributions of {name}", note="already there")
+        yield Progress(Stage("distributions", name).title, note="already there")
     teacher = None if _complete(folder) and crew.count == 1 else LocalTeacher(
         source, template=template_of(recipe), max_tokens=recipe.max_tokens, dtype=recipe.teacher_dtype)
     mark = open_checkpoint(source).fingerprint if teacher is None else teacher.mark
@@ -200,7 +208,7 @@ def _distributions(name: str, source: str, recipe: FuseRecipe, place: Place, dia
         prepare(teacher, dialogues, folder, top_k=recipe.top_k)
     crew.wait()
     store = yield from _labelled(represent(teacher, dialogues, folder, top_k=recipe.top_k, batch_tokens=recipe.batch_tokens,
-                                           part=(crew.rank, crew.count)), f"Distributions of {name}")
+                                           part=(crew.rank, crew.count)), Stage("distributions", name).title)
     crew.wait()
     return store
 
@@ -220,7 +228,8 @@ class Finished:
 def _fused(target: str, knowers: Sequence[Knower], recipe: FuseRecipe, place: Place, dialogues: Sequence[Dialogue],
            crew: Crew) -> Work[FusedData]:
     if crew.first:
-        yield from _labelled(build(dialogues, knowers[0], knowers[1:], place.fused(target), recipe.blend), f"Fusing for {target}")
+        work = build(dialogues, knowers[0], knowers[1:], place.fused(target), recipe.blend)
+        yield from _labelled(work, Stage("fused targets", target).title)
     crew.wait()
     return FusedData(place.fused(target))
 
@@ -231,14 +240,15 @@ def _trained(target: str, fused: FusedData, recipe: FuseRecipe, place: Place) ->
     folder = place.target(target)
     if folder.is_dir():
         Checkpoint(folder).close()
-        yield Progress(f"Training {target}", note="already there")
+        yield Progress(Stage("training", target).title, note="already there")
         return folder
     checkpoint = open_checkpoint(recipe.pivot)
     checkpoint.close()
     if not stored_as_read(checkpoint):
         raise MismatchError("the pivot is not stored as it is read (an adapter, or converted weights)", where=recipe.pivot,
                             todo="Write it to a folder first: python -m fusion merge with it as the only target.")
-    result = yield from _labelled(train(checkpoint.folder, fused, folder, recipe.training, resume=True), f"Training {target}")
+    work = train(checkpoint.folder, fused, folder, recipe.training, resume=True)
+    result = yield from _labelled(work, Stage("training", target).title)
     return result.folder
 
 
