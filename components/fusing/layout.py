@@ -28,8 +28,8 @@ class FuseTab:
     """The components of the tab; `controls` by the names that `setting.read` knows."""
 
     controls: dict[str, gr.components.Component]
-    own: gr.Group
-    demo: gr.Group
+    own: gr.Column
+    demo: gr.Column
     plan_button: gr.Button
     run: gr.Button
     stop: gr.Button
@@ -75,13 +75,13 @@ def _models(studio: Studio) -> dict:
     return {"pivot": pivot, "sources": sources, "mode": mode}
 
 
-def _data(studio: Studio) -> tuple[dict, gr.Group, gr.Group]:
+def _data(studio: Studio) -> tuple[dict, gr.Column, gr.Column]:
     kind = gr.Radio([("demo dialogues", DEMO), ("my own", OWN)], value=DEMO, label="Dialogues", elem_id="fuse-data",
                     visible=not studio.public)
-    with gr.Group() as demo:
+    with gr.Column() as demo:
         count = gr.Number(192, precision=0, minimum=8, maximum=5000, label="Number of demo dialogues", elem_id="fuse-count",
                           info="Generated questions and answers on eight domains, the same for the same seed.")
-    with gr.Group(visible=False) as own:
+    with gr.Column(visible=False) as own:
         path = gr.Textbox(label="File, folder or Hub dataset", placeholder="/data/mixture.jsonl or org/name", max_lines=1,
                           elem_id="fuse-path", info="ShareGPT or OpenAI style: .json, .jsonl, .parquet.")
         limit = gr.Number(0, precision=0, minimum=0, label="At most", elem_id="fuse-limit", info="0: all of them.")
@@ -152,7 +152,7 @@ def _actions(studio: Studio) -> dict:
 
 def _alignment(studio: Studio) -> dict:
     first, picked = examples()[0], studio.first_selection().sources
-    with gr.Group(elem_id="alignment-box"):
+    with gr.Column(elem_id="alignment-box"):
         gr.HTML("<div class='fs-section'><h2 class='fs-title'>Alignment view</h2><p class='fs-lead'>One dialogue as the pivot and "
                 "a source read it: which tokens correspond, what each expects next, and whose word the pivot is taught.</p></div>",
                 padding=False)

@@ -39,7 +39,7 @@ def bind(studio: Studio, page: gr.Blocks, here: gr.Tab, tab: FuseTab) -> None:
     changed = [tab.controls[name].blur if name in _TYPED else tab.controls[name].change for name in NAMES]
     gr.on([here.select, *changed], show, inputs, shown, **_QUIET)
     tab.plan_button.click(plan_fusion, inputs, shown, api_name="plan_fusion", show_progress="minimal", show_progress_on=[tab.plan])
-    tab.controls["data"].input(lambda kind: [gr.Group(visible=kind == OWN), gr.Group(visible=kind != OWN)], tab.controls["data"],
+    tab.controls["data"].input(lambda kind: [gr.Column(visible=kind == OWN), gr.Column(visible=kind != OWN)], tab.controls["data"],
                                [tab.own, tab.demo], **_QUIET)
 
 

@@ -19,6 +19,7 @@ from fusion.distill.dialogues import Dialogue
 from fusion.distill.encoding import Encoded, Encoder
 from fusion.distill.store import Rows, Store, data_digest
 from fusion.errors import CheckpointError
+from fusion.loading import LOADING
 from fusion.progress import Meter, Work
 from fusion.sources import open_checkpoint
 
@@ -73,15 +74,16 @@ class LocalTeacher(LoadedTeacher):
             # An adapter, or weights that were converted elsewhere: the folder alone would be another model.
             state = None if stored_as_read(checkpoint) else {name: torch.from_numpy(checkpoint[name]) for name in checkpoint}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            if state is None:
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-            else:
-                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                with torch.device("meta"):  # only to learn the class, without weights
-                    kind = type(AutoModelForCausalLM.from_config(config))
-                model = kind.from_pretrained(None, config=config, state_dict=state,
-                                             dtype=torch.float32 if dtype == "auto" else dtype)
+            with LOADING:
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                if state is None:
+                    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+                else:
+                    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                    with torch.device("meta"):  # only to learn the class, without weights
+                        kind = type(AutoModelForCausalLM.from_config(config))
+                    model = kind.from_pretrained(None, config=config, state_dict=state,
+                                                 dtype=torch.float32 if dtype == "auto" else dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"transformers cannot load it ({str(error)[:300]})", where=source) from error
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)

@@ -27,6 +27,7 @@ from fusion.checkpoint import Checkpoint
 from fusion.distill.fused import Example
 from fusion.distill.losses import fusion_loss
 from fusion.errors import FusionError, OutputError, RecipeError, Stopped
+from fusion.loading import LOADING
 from fusion.progress import Progress, Work
 from fusion.train.history import HISTORY_FILE, append, earlier, unfinished_work
 from fusion.train.settings import Training
@@ -113,7 +114,8 @@ def _last_checkpoint(work: Path) -> Path | None:
 def _trainer(pivot: str | os.PathLike, examples: Sequence[Example], work: Path,
              training: Training) -> tuple[FusionTrainer, _Watch]:
     set_seed(training.seed)
-    model = AutoModelForCausalLM.from_pretrained(pivot, dtype=training.dtype, use_safetensors=True, trust_remote_code=False)
+    with LOADING:
+        model = AutoModelForCausalLM.from_pretrained(pivot, dtype=training.dtype, use_safetensors=True, trust_remote_code=False)
     model.config.use_cache = False
     if training.lora_rank:
         model = _with_adapter(model, training)
