@@ -193,7 +193,7 @@ function fuseAlignment(root) {
       if (entry.gold) row.append(el('span', 'al-sr', ' (the true token)'));
       part.append(row);
     }
-    if (nats !== null) part.append(el('p', 'al-nats', `−log p of the true text: ${nats.toFixed(nats < 0.095 ? 3 : 2)} nats`));
+    if (nats !== null) part.append(el('p', 'al-nats', `−log p of the true text: ${nats < 0.0005 ? '< 0.001' : nats.toFixed(nats < 0.095 ? 3 : 2)} nats`));
     return part;
   }
 
