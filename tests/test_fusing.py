@@ -120,7 +120,8 @@ def test_losses_are_drawn_for_what_has_begun():
 
 
 def seen(position: Position, **blend) -> AlignmentView:
-    return AlignmentView(("Pivot", "NeoX"), Blend(**blend), (position,), (Token(HOSTILE, False, 0),), (Group((0,), (0,), ((0, 0),)),))
+    groups = (Group((0,), (0,), ((0, 0),)),)
+    return AlignmentView(("Pivot", "NeoX"), Blend(**blend), (position,), (Token(HOSTILE, False, 0),), groups)
 
 
 def position(**changes) -> Position:

@@ -52,7 +52,8 @@ def test_from_the_plan_to_targets_in_models(fuse_tab, studio):  # noqa: F811
     expect(page.locator("#fuse-status")).to_contain_text("in the menus of Models", timeout=8 * PATIENCE_MS)
     expect(page.locator("#fuse-curves svg polyline")).to_have_count(6)
     expect(page.locator("#fuse-stages")).to_contain_text("Everything is done")
-    assert Checkpoint(studio.outputs / "fused-here" / "merged").parameters == Checkpoint(studio.entry("demo/pivot").folder).parameters
+    merged, pivot = Checkpoint(studio.outputs / "fused-here" / "merged"), Checkpoint(studio.entry("demo/pivot").folder)
+    assert merged.parameters == pivot.parameters
     open_tab(page, "Models")
     choose(page, "targets", "fused-here/target-neox")
     expect(page.locator("#preflight")).to_contain_text("fused-here/target-neox")
