@@ -1,4 +1,4 @@
-"""Saving a merge outlives the page: a thread drives the generator, pages attach to it by an unguessable id and may stop it."""
+"""Long work outlives the page: a thread drives the generator, pages attach to it by an unguessable id and may stop it."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Jobs:
         job = Job(secrets.token_urlsafe(24), title)
         with self._lock:
             if sum(not other.ended for other in self._jobs.values()) >= _QUEUED:
-                raise ResourceError("too many others are waiting", todo="Try again in a few minutes.")
+                raise ResourceError("too many jobs are waiting", todo="Try again in a few minutes.")
             self._jobs[job.id] = job
             for old in [key for key, other in self._jobs.items() if other.ended][:max(0, len(self._jobs) - _KEPT)]:
                 del self._jobs[old]
-        threading.Thread(target=self._run, args=(job, work, finished), daemon=True, name=f"save {title}").start()
+        threading.Thread(target=self._run, args=(job, work, finished), daemon=True, name=f"job {title}").start()
         return job
 
     def get(self, job_id: object) -> Job | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from components import chat, evaluating, merging, models, variation
+from components import chat, evaluating, fusing, merging, models, variation
 from components.state import Settings
 from components.studio import Studio
 from components.theme import ASSETS
@@ -20,6 +20,7 @@ def build(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title="FuseChat Studio", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         selection, settings = gr.State(first), gr.State(Settings())
         job = gr.BrowserState(None, storage_key="fusechat-save")  # not inside a tab: those are mounted only when opened
+        fusion_job = gr.BrowserState(None, storage_key="fusechat-fuse")
         evaluation = gr.BrowserState(None, storage_key="fusechat-evaluation")
         gr.HTML(HEADER, elem_id="header")
         with gr.Tabs(elem_id="tabs") as tabs:
@@ -31,9 +32,11 @@ def build(studio: Studio) -> gr.Blocks:
                 _, *saved = merging.build(studio, page, selection, settings, job, tabs)
             with gr.Tab("4 · Chat", id="chat"):
                 chat.build(studio, selection)
+            with gr.Tab("5 · Fuse", id="fuse") as fuse:
+                fused = fusing.build(studio, page, fuse, selection, fusion_job)
             with gr.Tab("6 · Evaluate", id="evaluate"):
                 evaluating.build(studio, page, selection, evaluation)
         menus = [picked.pivot, picked.targets, picked.sources, picked.table]
-        for event in saved:  # a saved merge can be picked like any other model
+        for event in (*saved, *fused):  # a saved merge, or what a fusion made, can be picked like any other model
             event.then(lambda now: models.follow(studio, now), selection, menus, show_progress="hidden", api_visibility="private")
     return page

@@ -10,7 +10,7 @@ import re
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +43,7 @@ from fusion.weights import matching
 
 _OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MEASURED = 16  # reports kept; each is a few numbers per tensor
+_DEPTHS = ("*", "*/*", "*/targets/*")  # where checkpoints lie in a folder; the last are of fusion runs
 _REMEMBERED = 512  # recipes of merges in memory
 _AUTO_BYTES = 3_000_000_000  # families up to this size are measured as soon as they are chosen
 
@@ -135,7 +136,7 @@ class Studio:
 
     def folder_name(self, key: str) -> str:
         """A model's folder as recipes and commands name it."""
-        return _shown(self.entry(key).folder)
+        return shown_folder(self.entry(key).folder)
 
     def _add(self, entry: Entry) -> Entry:
         with self._lock:
@@ -152,10 +153,9 @@ class Studio:
     def _scan(self, folder: Path | None, prefix: str) -> None:
         if folder is None or not folder.is_dir():
             return
-        for config in sorted((*folder.glob("*/config.json"), *folder.glob("*/*/config.json"))):
-            name = config.parent.relative_to(folder).as_posix()
-            if not name.startswith("."):
-                self._add(Entry(f"{prefix}/{name}", name, config.parent))
+        for config in sorted(config for depth in _DEPTHS for config in folder.glob(f"{depth}/config.json")):
+            if not any(part.startswith(".") for part in config.relative_to(folder).parts):
+                self._add(_found(prefix, folder, config.parent))
 
     # ── selection → recipe → numbers ─────────────────────────────────────────────────────────────────────────────────
 
@@ -167,7 +167,7 @@ class Studio:
         """The recipe that a selection and its settings mean, checked."""
         if not selection.pivot:
             raise RecipeError("no pivot is picked", todo="Pick one in Models.")
-        folders = [_shown(self.entry(key).folder) for key in (selection.pivot, *selection.targets)]
+        folders = [shown_folder(self.entry(key).folder) for key in (selection.pivot, *selection.targets)]
         names = dict(zip(selection.targets, short_names(folders)[1:], strict=True))
         overrides = tuple(Override(tensor, {names[key]: weight for key, weight in given.items() if key in names})
                           for tensor, given in settings.given().items() if given.keys() & names.keys())
@@ -279,20 +279,27 @@ class Studio:
         with self._merging:
             return (yield from self._live.update(self._recipes[key][0]))
 
-    def output_folder(self, name: str) -> Path:
-        """Where a saved merge of this name goes; RecipeError for a name that is no plain name, OutputError if it exists."""
+    def output_folder(self, name: str, goes_on: Callable[[Path], bool] = lambda folder: False) -> Path:
+        """Where a saved merge of this name goes; RecipeError for a name that is no plain name, OutputError if it exists and
+        is not one that `goes_on`."""
         if self.public:
             raise RecipeError("merges cannot be saved on a public page", todo="Copy the recipe and run it on your own machine.")
         if not isinstance(name, str) or not _OUTPUT_NAME.fullmatch(name.strip()):
             raise RecipeError("this is no folder name", where="Save as", todo="Use letters, digits, dots, dashes and underscores.")
         folder = self.outputs / name.strip()
-        if os.path.lexists(folder):
+        if os.path.lexists(folder) and not goes_on(folder):
             raise OutputError("exists already; nothing is ever overwritten", where=name, todo="Choose another name.")
         return folder
 
     def offer_output(self, folder: Path) -> Entry:
-        """Put a saved merge into the catalogue."""
-        return self._add(Entry(f"outputs/{folder.name}", folder.name, folder))
+        """Put a saved merge, or what a fusion run made, into the catalogue."""
+        return self._add(_found("outputs", self.outputs, folder))
+
+
+def _found(prefix: str, root: Path, folder: Path) -> Entry:
+    """The entry of a checkpoint below a folder of checkpoints."""
+    name = Path(os.path.abspath(folder)).relative_to(os.path.abspath(root)).as_posix()
+    return Entry(f"{prefix}/{name}", name.replace("/targets/", "/"), folder)
 
 
 def _fitted(weights: tuple, count: int) -> tuple:
@@ -308,7 +315,7 @@ def default_budget() -> int:
         return 4_000_000_000
 
 
-def _shown(folder: Path) -> str:
+def shown_folder(folder: Path) -> str:
     """A folder as a recipe names it: relative to where the app runs when it lies below."""
     try:
         return folder.resolve().relative_to(Path.cwd()).as_posix()

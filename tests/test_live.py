@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 
-from fusion.chat.model import _LOADING
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError, MismatchError, RecipeError
 from fusion.live import LiveMerge, LiveResult, chat_model, state_dict
+from fusion.loading import LOADING
 from fusion.merge import merge
 from fusion.plan import MergePlan
 from fusion.progress import finish
@@ -206,7 +206,7 @@ def test_models_are_loaded_one_after_another(live):
     merging, recipe, variation = live
     result, done = finish(merging.update(recipe, variation)), []
     thread = threading.Thread(target=lambda: done.append(chat_model(result, "try")))
-    with _LOADING:  # as while chat.load works: it switches torch's default dtype for the whole process
+    with LOADING:  # as while chat.load works: it switches torch's default dtype for the whole process
         thread.start()
         time.sleep(0.5)
         assert not done

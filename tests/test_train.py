@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from fusion import Checkpoint, FusionError, OutputError, RecipeError
 from fusion.distill.fused import Example
 from fusion.progress import finish
-from fusion.train import Estimate, Training, estimate
+from fusion.train import Estimate, Training, estimate, history
+from fusion.train.history import append, earlier, unfinished_work
 from fusion.train.trainer import ByLength, Collator, pack, train
 from tests.conftest import load_tensors, save_family
 
@@ -126,6 +127,32 @@ def test_a_stopped_training_goes_on_where_it_was(pivot, tmp_path):
     tensors = load_tensors(resumed.folder)
     assert all(torch.allclose(tensors[name], whole[name], atol=1e-6) for name in whole)
     assert not (tmp_path / ".out.training").exists()
+
+
+def test_the_curve_is_on_disk_while_training_runs_and_survives_a_stop(pivot, tmp_path):
+    settings = Training(**{**vars(FAST), "max_steps": 6, "save_steps": 2})
+    out = tmp_path / "out"
+    assert history(out) == ()
+    work = train(pivot, examples(), out, settings)
+    while next(work).done < 3:
+        pass
+    assert [entry["step"] for entry in history(out)][:2] == [1, 2]
+    work.close()
+    before = {entry["step"]: entry for entry in history(out)}
+    result = finish(train(pivot, examples(), out, settings, resume=True))
+    assert [entry["step"] for entry in result.history] == [1, 2, 3, 4, 5, 6] and history(out) == result.history
+    assert result.history[0] == before[1] and set(before[1]) == {"step", "loss", "clm", "fusion", "learning_rate"}
+
+
+def test_a_half_written_line_of_the_curve_is_not_read(tmp_path):
+    work = unfinished_work(tmp_path / "out")
+    work.mkdir()
+    for step in (1, 2, 3):
+        append(work, {"step": step, "loss": 1.0 / step})
+    with (work / "training_history.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [entry["step"] for entry in history(tmp_path / "out")] == [1, 2, 3]
+    assert [entry["step"] for entry in earlier(work, 2)] == [1, 2] == [entry["step"] for entry in history(tmp_path / "out")]
 
 
 def test_a_loss_that_is_no_number_ends_the_training(pivot, tmp_path):

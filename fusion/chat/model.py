@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fusion.errors import CheckpointError, FusionError, ResourceError
+from fusion.loading import LOADING
 
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json", "*.tiktoken")
-
-# from_pretrained switches process-wide settings (default dtype, weight initialisation) while it works.
-_LOADING = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -52,7 +50,7 @@ def load(folder: str | Path, name: str | None = None) -> ChatModel:
     _weight_files(folder, name)
     _check_vocabulary(folder, name)
     try:
-        with _LOADING:
+        with LOADING:
             return _load(folder, name)
     except FusionError:
         raise
@@ -80,7 +78,7 @@ def from_tensors(tensors: Mapping[str, Any], dtype: str, shape_of: Path, donor: 
     weights become float32; on a GPU they get `dtype`. Raises CheckpointError, ResourceError.
     """
     try:
-        with _LOADING:
+        with LOADING:
             return _from_tensors(tensors, dtype, shape_of, donor, name)
     except FusionError:
         raise

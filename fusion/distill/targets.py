@@ -56,7 +56,8 @@ class Fused:
     """Fused targets of one dialogue at the pivot's L labels.
 
     `ids` [L, K] (−1 = empty), `chances` [L, K] sum to 1 or are 0 (gold label alone); `choice` [L] 0 = pivot, j = source j;
-    `links` the label alignment with each source, `losses` [1 + J, turns] nats per character (or token) of every model.
+    `links` the label alignment with each source, `losses` [1 + J, turns] nats per character (or token) of every model,
+    `models` what each of them said over pivot ids, `deciding` [1 + J, L] the losses that were compared at every label.
     """
 
     ids: np.ndarray
@@ -64,6 +65,8 @@ class Fused:
     choice: np.ndarray
     links: tuple[Alignment, ...] = field(repr=False)
     losses: np.ndarray
+    models: tuple[Distributions, ...] = field(repr=False)
+    deciding: np.ndarray = field(repr=False)
 
 
 class Vocabulary:
@@ -168,7 +171,7 @@ def fuse_dialogue(pivot: tuple[Encoded, Rows], sources: Sequence[tuple[Encoded, 
     if blend.fallback == "gold":
         alone = ~np.any([model.present for model in models[1:]], axis=0) if len(models) > 1 else np.zeros(len(choice), bool)
         chances = np.where(alone[:, None], 0, chances)
-    return Fused(ids, chances.astype(np.float32), choice, tuple(links), by_turn)
+    return Fused(ids, chances.astype(np.float32), choice, tuple(links), by_turn, tuple(models), losses)
 
 
 def _whole(logprobs: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from fusion.distill.dialogues import Dialogue
 from fusion.distill.encoding import Encoded, Encoder
 from fusion.distill.store import Rows, Store, data_digest
 from fusion.errors import CheckpointError
+from fusion.loading import LOADING
 from fusion.progress import Meter, Work
 from fusion.sources import open_checkpoint
 
@@ -36,38 +37,11 @@ class Teacher(Protocol):
         """The distributions at the labels of some dialogues of similar length."""
 
 
-class LocalTeacher:
-    """A causal model that transformers loads: a folder, "folder+adapter" or a Hub id.
+class LoadedTeacher:
+    """A causal model of transformers that is in memory already; `template` shared by all models, None = the tokenizer's own."""
 
-    `dtype` "auto" (as stored on a GPU; float32 on a CPU, where bfloat16 is several times as slow), "float32", "bfloat16" …;
-    `device` "auto" takes a GPU when there is one; `template` shared by all models, None = the model's own.
-    """
-
-    def __init__(self, source: str, *, template: str | None = None, max_tokens: int | None = None, dtype: str = "auto",
-                 device: str = "auto"):
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        if dtype == "auto" and self.device.type == "cpu":
-            dtype = "float32"
-        with closing(open_checkpoint(source)) as checkpoint:
-            self.mark, folder = checkpoint.fingerprint, checkpoint.folder
-            # An adapter, or weights that were converted elsewhere: the folder alone would be another model.
-            state = None if stored_as_read(checkpoint) else {name: torch.from_numpy(checkpoint[name]) for name in checkpoint}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            if state is None:
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-            else:
-                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                with torch.device("meta"):  # only to learn the class, without weights
-                    kind = type(AutoModelForCausalLM.from_config(config))
-                model = kind.from_pretrained(None, config=config, state_dict=state,
-                                             dtype=torch.float32 if dtype == "auto" else dtype)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"transformers cannot load it ({str(error)[:300]})", where=source) from error
-        self.model = model.to(self.device).eval()
+    def __init__(self, model, tokenizer, mark: str = "", *, template: str | None = None, max_tokens: int | None = None):
+        self.model, self.mark, self.device = model, mark, model.device
         self.encoder = Encoder(tokenizer, template, max_tokens or context_of(model.config))
 
     def rows(self, batch: Sequence[Encoded], top_k: int) -> list[Rows]:
@@ -81,6 +55,41 @@ class LocalTeacher:
         with torch.inference_mode():
             hidden = self.model(input_ids=ids.to(self.device), use_cache=False).logits
             return [_top(hidden[i], encoded, top_k) for i, encoded in enumerate(batch)]
+
+
+class LocalTeacher(LoadedTeacher):
+    """A causal model that transformers loads: a folder, "folder+adapter" or a Hub id.
+
+    `dtype` "auto" (as stored on a GPU; float32 on a CPU, where bfloat16 is several times as slow), "float32", "bfloat16" …;
+    `device` "auto" takes a GPU when there is one; `template` shared by all models, None = the model's own.
+    """
+
+    def __init__(self, source: str, *, template: str | None = None, max_tokens: int | None = None, dtype: str = "auto",
+                 device: str = "auto"):
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        if dtype == "auto" and place.type == "cpu":
+            dtype = "float32"
+        with closing(open_checkpoint(source)) as checkpoint:
+            mark, folder = checkpoint.fingerprint, checkpoint.folder
+            # An adapter, or weights that were converted elsewhere: the folder alone would be another model.
+            state = None if stored_as_read(checkpoint) else {name: torch.from_numpy(checkpoint[name]) for name in checkpoint}
+        try:
+            with LOADING:
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                if state is None:
+                    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+                else:
+                    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                    with torch.device("meta"):  # only to learn the class, without weights
+                        kind = type(AutoModelForCausalLM.from_config(config))
+                    model = kind.from_pretrained(None, config=config, state_dict=state,
+                                                 dtype=torch.float32 if dtype == "auto" else dtype)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"transformers cannot load it ({str(error)[:300]})", where=source) from error
+        super().__init__(model.to(place).eval(), tokenizer, mark, template=template, max_tokens=max_tokens)
 
 
 def _top(logits, encoded: Encoded, top_k: int) -> Rows:

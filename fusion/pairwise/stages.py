@@ -20,14 +20,16 @@ from fusion.distill.fused import STATISTICS_FILE, FusedData, Knower, build
 from fusion.distill.server import ServerTeacher, load_tokenizer
 from fusion.distill.store import PLAN_FILE, Store, write_whole
 from fusion.distill.teacher import LocalTeacher, Teacher, prepare, represent, stored_as_read
-from fusion.errors import FusionError, MismatchError, OutputError
+from fusion.errors import FusionError, MismatchError
 from fusion.merge import merge
+from fusion.pairwise.place import Place, claim
 from fusion.pairwise.recipe import FuseRecipe
 from fusion.progress import Progress, Work
 from fusion.sources import open_checkpoint
 from fusion.train import Estimate, estimate
 
-RECIPE_FILE = "fuse_recipe.yaml"
+_TITLES = {"data": "Reading dialogues", "distributions": "Distributions of {}", "fused targets": "Fusing for {}",
+           "training": "Training {}", "merge": "Merging the targets"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,12 @@ class Stage:
 
     name: str
     subject: str
-    done: bool
+    done: bool = False
+
+    @property
+    def title(self) -> str:
+        """What the Progress of this stage is called."""
+        return _TITLES[self.name].format(self.subject)
 
 
 @dataclass(frozen=True)
@@ -47,25 +54,6 @@ class FuseResult:
     merged: Path | None
     report: dict
     statistics: dict
-
-
-class Place:
-    """The files of one run under its folder."""
-
-    def __init__(self, out: str | os.PathLike):
-        self.out = Path(out).absolute()
-        self.dialogues = self.out / "work" / "dialogues.jsonl"
-        self.report = self.out / "work" / "dialogues_report.json"
-        self.merged = self.out / "merged"
-
-    def distributions(self, name: str) -> Path:
-        return self.out / "work" / "distributions" / name.replace("/", "-")
-
-    def fused(self, target: str) -> Path:
-        return self.out / "work" / "fused" / target
-
-    def target(self, target: str) -> Path:
-        return self.out / "targets" / target
 
 
 def plan(recipe: FuseRecipe, out: str | os.PathLike) -> list[Stage]:
@@ -88,7 +76,7 @@ def cost(recipe: FuseRecipe, out: str | os.PathLike) -> Estimate | None:
     place = Place(out)
     if not place.dialogues.exists():
         return None
-    encoder, checkpoint = _encoder("pivot", recipe.pivot, recipe), open_checkpoint(recipe.pivot)
+    encoder, checkpoint = encoder_of(recipe.pivot, recipe), open_checkpoint(recipe.pivot)
     lengths = [len(encoder.encode(dialogue).ids) for dialogue in stored_dialogues(place.dialogues)]
     checkpoint.close()
     return estimate(checkpoint, lengths, recipe.training)
@@ -103,10 +91,10 @@ def run(recipe: FuseRecipe, out: str | os.PathLike) -> Work[FuseResult]:
     recipe.check()
     place, crew = Place(out), Crew()
     if crew.first:
-        _claim(recipe, place)
+        claim(recipe, place)
     crew.wait()
     models = (("pivot", recipe.pivot), *zip(recipe.names, recipe.sources, strict=True))
-    encoders = {name: _encoder(name, source, recipe) for name, source in models}
+    encoders = {name: encoder_of(source, recipe, name) for name, source in models}
     dialogues, report = yield from _data(recipe, place, encoders, crew)
     knowers = {}
     for name, source in recipe.teachers:
@@ -122,7 +110,7 @@ def run(recipe: FuseRecipe, out: str | os.PathLike) -> Work[FuseResult]:
     crew.wait()
     if recipe.mode == "pairwise" and crew.first and not place.merged.is_dir():
         paths = tuple(str(folder) for folder in targets.values())
-        yield from _labelled(merge(recipe.merge_recipe(recipe.pivot, paths), place.merged), "Merging the targets")
+        yield from _labelled(merge(recipe.merge_recipe(recipe.pivot, paths), place.merged), Stage("merge", "").title)
     crew.wait()
     return FuseResult(targets, place.merged if recipe.mode == "pairwise" else None, report, statistics)
 
@@ -150,28 +138,8 @@ class Crew:
             self._state.wait_for_everyone()
 
 
-def _claim(recipe: FuseRecipe, place: Place) -> None:
-    """Make the folder, or make sure that what lies there is of the same recipe."""
-    file = place.out / RECIPE_FILE
-    if place.out.exists() and not file.exists() and any(place.out.iterdir()):
-        raise OutputError("the folder is not empty and was not made by this program", where=str(place.out),
-                          todo="Choose another folder.")
-    fixed = {key: value for key, value in recipe.to_dict().items() if key not in ("sources", "mode", "merge", "batch_tokens")}
-    if file.exists():
-        before = FuseRecipe.load(file).to_dict()
-        other = sorted(key for key in fixed.keys() | before.keys() if key not in ("sources", "mode", "merge", "batch_tokens")
-                       and fixed.get(key) != before.get(key))
-        if other:
-            raise MismatchError(f"the folder was begun with another recipe ({', '.join(other)} differ)", where=str(place.out),
-                                todo="Choose another folder, or give the recipe it was begun with.")
-    try:
-        (place.out / "work").mkdir(parents=True, exist_ok=True)
-        write_whole(file, recipe.to_yaml().encode())
-    except OSError as error:
-        raise OutputError(f"cannot be written ({error.strerror})", where=str(place.out)) from error
-
-
-def _encoder(name: str, source: str, recipe: FuseRecipe) -> Encoder:
+def encoder_of(source: str, recipe: FuseRecipe, name: str = "") -> Encoder:
+    """How a model of this recipe reads dialogues; `name` is a source's, which a server may run."""
     from transformers import AutoTokenizer
 
     if name in recipe.servers:
@@ -190,7 +158,7 @@ def template_of(recipe: FuseRecipe) -> str | None:
 def _data(recipe: FuseRecipe, place: Place, encoders: dict[str, Encoder], crew: Crew) -> Work[tuple[list[Dialogue], dict]]:
     """Read, split and check the dialogues once; every model must be able to show each of them as it is."""
     if crew.first and not (place.dialogues.exists() and place.report.exists()):
-        yield Progress("Reading dialogues", note=recipe.data)
+        yield Progress(Stage("data", recipe.data).title, note=recipe.data)
         dialogues, report = load(recipe.data, limit=recipe.limit or None)
         dialogues = split_long(dialogues, lambda dialogue: max(encoder.length(dialogue) for encoder in encoders.values()),
                                recipe.max_tokens, report)
@@ -234,13 +202,13 @@ def _distributions(name: str, source: str, recipe: FuseRecipe, place: Place, dia
                    crew: Crew) -> Work[Store]:
     folder = place.distributions(name)
     if _complete(folder):
-        yield Progress(f"Distributions of {name}", note="already there")
+        yield Progress(Stage("distributions", name).title, note="already there")
     teacher = _teacher(name, source, recipe, finished=_complete(folder) and crew.count == 1)
     if crew.first:
         prepare(teacher, dialogues, folder, top_k=recipe.top_k)
     crew.wait()
     store = yield from _labelled(represent(teacher, dialogues, folder, top_k=recipe.top_k, batch_tokens=recipe.batch_tokens,
-                                           part=(crew.rank, crew.count)), f"Distributions of {name}")
+                                           part=(crew.rank, crew.count)), Stage("distributions", name).title)
     crew.wait()
     return store
 
@@ -251,7 +219,7 @@ def _teacher(name: str, source: str, recipe: FuseRecipe, finished: bool) -> Teac
     if served:
         return ServerTeacher(source, served.server, served.model, template=template, max_tokens=recipe.max_tokens)
     if finished:
-        return Finished(_encoder(name, source, recipe), open_checkpoint(source).fingerprint)
+        return Finished(encoder_of(source, recipe, name), open_checkpoint(source).fingerprint)
     return LocalTeacher(source, template=template, max_tokens=recipe.max_tokens, dtype=recipe.teacher_dtype)
 
 
@@ -270,7 +238,8 @@ class Finished:
 def _fused(target: str, knowers: Sequence[Knower], recipe: FuseRecipe, place: Place, dialogues: Sequence[Dialogue],
            crew: Crew) -> Work[FusedData]:
     if crew.first:
-        yield from _labelled(build(dialogues, knowers[0], knowers[1:], place.fused(target), recipe.blend), f"Fusing for {target}")
+        work = build(dialogues, knowers[0], knowers[1:], place.fused(target), recipe.blend)
+        yield from _labelled(work, Stage("fused targets", target).title)
     crew.wait()
     return FusedData(place.fused(target))
 
@@ -281,7 +250,7 @@ def _trained(target: str, fused: FusedData, recipe: FuseRecipe, place: Place) ->
     folder = place.target(target)
     if folder.is_dir():
         Checkpoint(folder).close()
-        yield Progress(f"Training {target}", note="already there")
+        yield Progress(Stage("training", target).title, note="already there")
         return folder
     checkpoint = open_checkpoint(recipe.pivot)
     checkpoint.close()
@@ -289,7 +258,8 @@ def _trained(target: str, fused: FusedData, recipe: FuseRecipe, place: Place) ->
         raise MismatchError("the pivot is not stored as it is read (an adapter, or converted weights)", where=recipe.pivot,
                             todo="Write it to a folder first: python -m fusion merge with it as the only target.")
     training = replace(recipe.training, lm_weight=1.0) if recipe.mode == "sft" else recipe.training
-    result = yield from _labelled(train(checkpoint.folder, fused, folder, training, resume=True), f"Training {target}")
+    work = train(checkpoint.folder, fused, folder, training, resume=True)
+    result = yield from _labelled(work, Stage("training", target).title)
     return result.folder
 
 

@@ -4,6 +4,7 @@
     result = finish(train("pivot", examples, "target-qwen", Training(lm_weight=0.9)))
 """
 
+from fusion.train.history import history
 from fusion.train.settings import Estimate, Training, estimate
 
-__all__ = ["Estimate", "Training", "estimate"]
+__all__ = ["Estimate", "Training", "estimate", "history"]

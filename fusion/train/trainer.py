@@ -13,6 +13,7 @@ import os
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,7 +27,9 @@ from fusion.checkpoint import Checkpoint
 from fusion.distill.fused import Example
 from fusion.distill.losses import fusion_loss
 from fusion.errors import FusionError, OutputError, RecipeError, Stopped
+from fusion.loading import LOADING
 from fusion.progress import Progress, Work
+from fusion.train.history import HISTORY_FILE, append, earlier, unfinished_work
 from fusion.train.settings import Training
 
 # transformers gave the switch a new name in the course of version 5
@@ -56,13 +59,14 @@ def train(pivot: str | os.PathLike, examples: Sequence[Example], out: str | os.P
         raise OutputError("exists already; nothing is ever overwritten", where=str(out), todo="Choose another folder.")
     if not examples:
         raise RecipeError("there is no dialogue to learn from", where="training")
-    work = out.parent / f".{out.name}.training"
+    work = unfinished_work(out)
     if not resume:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     _same_settings(work, training, len(examples))
     trainer, watch = _trainer(pivot, examples, work, training)
     last = _last_checkpoint(work)
+    watch.begin(int(last.name.rpartition("-")[2]) if last else 0)
     failure: list[BaseException] = []
 
     def run() -> None:
@@ -110,7 +114,8 @@ def _last_checkpoint(work: Path) -> Path | None:
 def _trainer(pivot: str | os.PathLike, examples: Sequence[Example], work: Path,
              training: Training) -> tuple[FusionTrainer, _Watch]:
     set_seed(training.seed)
-    model = AutoModelForCausalLM.from_pretrained(pivot, dtype=training.dtype, use_safetensors=True, trust_remote_code=False)
+    with LOADING:
+        model = AutoModelForCausalLM.from_pretrained(pivot, dtype=training.dtype, use_safetensors=True, trust_remote_code=False)
     model.config.use_cache = False
     if training.lora_rank:
         model = _with_adapter(model, training)
@@ -125,7 +130,7 @@ def _trainer(pivot: str | os.PathLike, examples: Sequence[Example], work: Path,
         report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(), logging_nan_inf_filter=False, **dict(training.extra))
     data = Rows(examples, training)
-    watch = _Watch()
+    watch = _Watch(work)
     trainer = FusionTrainer(model=model, args=arguments, train_dataset=data, data_collator=Collator(), callbacks=[watch])
     trainer.remove_callback(PrinterCallback)
     trainer.training, trainer.watch = training, watch
@@ -262,11 +267,15 @@ class FusionTrainer(Trainer):
 class _Watch(TrainerCallback):
     """Reports every step, stops on request, and ends a training whose loss is no longer a number."""
 
-    def __init__(self):
+    def __init__(self, work: Path):
         self.reports: queue.Queue[Progress | None] = queue.Queue()
         self.stop, self.stopped, self.failed = threading.Event(), False, ""
         self.history: list[dict] = []
-        self._parts = [0.0, 0.0]
+        self._work, self._parts, self._first_step, self._started = work, [0.0, 0.0], 0, time.perf_counter()
+
+    def begin(self, step: int) -> None:
+        """Count from a step that was reached before."""
+        self._first_step, self.history, self._started = step, earlier(self._work, step), time.perf_counter()
 
     def add(self, clm: torch.Tensor, fused: torch.Tensor) -> None:
         self._parts[0] += float(clm)
@@ -281,6 +290,8 @@ class _Watch(TrainerCallback):
         parts = (total / max(args.logging_steps, 1)).tolist()
         self.history.append({"step": state.global_step, "loss": logs["loss"], "clm": parts[0], "fusion": parts[1],
                              "learning_rate": logs.get("learning_rate", 0.0)})
+        if state.is_world_process_zero:
+            append(self._work, self.history[-1])
         odd = next((name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))), None)
         if odd:
             self.failed = f"the {odd} is {logs[odd]} at step {state.global_step}"
@@ -288,7 +299,9 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         note = f"loss {self.history[-1]['loss']:.4f}" if self.history else ""
-        self.reports.put(Progress("Training", state.global_step, state.max_steps, "steps", note=note))
+        done = max(state.global_step - self._first_step, 1)
+        seconds = (time.perf_counter() - self._started) * state.global_step / done  # as if all steps had been done now
+        self.reports.put(Progress("Training", state.global_step, state.max_steps, "steps", seconds=seconds, note=note))
         if self.stop.is_set():
             self.stopped = control.should_training_stop = control.should_save = True
 
@@ -303,7 +316,7 @@ def _save(trainer: FusionTrainer, pivot: Path, work: Path, out: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     model.to(_stored_dtype(pivot)).save_pretrained(hidden)
     AutoTokenizer.from_pretrained(pivot, trust_remote_code=False).save_pretrained(hidden)
-    (hidden / "training_history.json").write_text(json.dumps(trainer.watch.history, indent=1), encoding="utf-8")
+    (hidden / HISTORY_FILE).write_text(json.dumps(trainer.watch.history, indent=1), encoding="utf-8")
     if os.path.lexists(out):
         raise OutputError("appeared while training ran", where=str(out), todo=f"The result lies in {hidden}.")
     os.rename(hidden, out)

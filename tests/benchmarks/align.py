@@ -132,8 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     slow, fast = compare(options.tokens, options.runs)
     dialogues = sample(options.dialogues, Random(3))
     lengths = [sum(len(reply[0]) for reply in dialogue) for dialogue in dialogues]
-    print(f"{options.dialogues} dialogues of {statistics.mean(lengths):.0f} tokens on average, the longest {max(lengths)}; medians of "
-          f"{options.runs} runs\n")
+    print(f"{options.dialogues} dialogues of {statistics.mean(lengths):.0f} tokens on average, the longest {max(lengths)}; "
+          f"medians of {options.runs} runs\n")
     rows = [(f"plain programme, {options.tokens} × {options.tokens} tokens", f"{slow * 1000:.1f} ms", "", ""),
             (f"warp, {options.tokens} × {options.tokens} tokens, same path", f"{fast * 1000:.1f} ms", f"{slow / fast:.0f} × faster",
              f"≥ {FASTER} ×: {'yes' if slow / fast >= FASTER else 'no'}")]

@@ -1,0 +1,249 @@
+"""One dialogue as two models read it, for people to look at: tokens side by side, what each model expects, who was heard.
+
+    seen = view(teacher_of_pivot, teacher_of_source, Dialogue((("Hi!", "Hello."),)))
+    seen.positions[0].chosen                       # 0: the pivot's own distribution stays, 1: the source's is taken
+
+Everything comes from the functions that make the training data. Price: one forward pass of both models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from fusion.distill.dialogues import Dialogue
+from fusion.distill.encoding import Encoded, Encoder
+from fusion.distill.fuse import Distributions
+from fusion.distill.store import Rows
+from fusion.distill.targets import (
+    Blend,
+    Fused,
+    Vocabulary,
+    end_tokens,
+    fuse_dialogue,
+    link_labels,
+    pair_counts,
+    vocabulary_table,
+)
+from fusion.distill.teacher import Teacher
+from fusion.errors import MismatchError
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a reply as its model spells it; `mark` is true for one that stands for no text, such as the end."""
+
+    text: str
+    mark: bool
+    turn: int
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One entry of a distribution over the pivot's tokens; `gold` is the token that really follows."""
+
+    text: str
+    chance: float
+    gold: bool
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One entry of the source's own top-k: its share of them, the pivot token it `becomes` (None: there is none), and whether
+    it is `kept` (of several with one pivot token only the first may be)."""
+
+    text: str
+    chance: float
+    becomes: str | None
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Position:
+    """A label of the pivot: its `token`; the `source` label predicted after the same text (−1: none); the distributions of the
+    pivot, of the source after mapping and after fusion; the source's own words with the share that was `lost` on the way.
+
+    `chosen`: 0 = pivot, 1 = source; `deciding`: the two losses that were compared, `nats`: what each lost on this very token
+    (None = not to be had).
+    """
+
+    token: Token
+    source: int
+    pivot: tuple[Expected, ...]
+    mapped: tuple[Expected, ...]
+    fused: tuple[Expected, ...]
+    heard: tuple[Heard, ...]
+    lost: float
+    chosen: int
+    deciding: tuple[float | None, float | None]
+    nats: tuple[float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tokens that belong together and to no others: positions of `pivot` and `source`, and the `links` between them."""
+
+    pivot: tuple[int, ...]
+    source: tuple[int, ...]
+    links: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class AlignmentView:
+    """A dialogue as pivot and source read it: the pivot's `positions`, the source's `tokens`, and the `groups` that link them."""
+
+    names: tuple[str, str]
+    blend: Blend
+    positions: tuple[Position, ...]
+    tokens: tuple[Token, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def carried(self) -> float:
+        """Share of the pivot's labels at which the source's distribution could stand."""
+        return sum(bool(its.mapped) for its in self.positions) / max(len(self.positions), 1)
+
+    @property
+    def taken(self) -> float:
+        """Share of the pivot's labels whose target is the source's."""
+        return sum(its.chosen for its in self.positions) / max(len(self.positions), 1)
+
+    @property
+    def lost(self) -> float:
+        """Mean share of the source's words that have no pivot token, over the labels that correspond."""
+        found = [its.lost for its in self.positions if its.source >= 0]
+        return sum(found) / len(found) if found else 0.0
+
+    def to_dict(self) -> dict:
+        """Plain data."""
+        return {**asdict(self), "carried": self.carried, "taken": self.taken, "lost": self.lost}
+
+
+def view(pivot: Teacher, source: Teacher, dialogue: Dialogue, blend: Blend | None = None, *, top_k: int = 10,
+         names: tuple[str, str] = ("pivot", "source")) -> AlignmentView:
+    """Align and fuse one dialogue and say what happened at every label.
+
+    With mapping "statistics" the counts are of this dialogue alone. MismatchError when a model cannot show the dialogue as it
+    is, RecipeError for an unknown word in `blend`.
+    """
+    blend = (blend or Blend()).check()
+    both = [_encoded(teacher.encoder, dialogue, name) for teacher, name in zip((pivot, source), names, strict=True)]
+    rows = [teacher.rows([its], top_k)[0] for teacher, its in zip((pivot, source), both, strict=True)]
+    words = Vocabulary(pivot.encoder), Vocabulary(source.encoder)
+    counts = pair_counts([tuple(both)], words) if blend.mapping in ("statistics", "fusechat") else None
+    table = vocabulary_table(*words, blend, set(np.unique(rows[1].ids).tolist()), end_tokens(*both), counts)
+    fused = fuse_dialogue((both[0], rows[0]), [(both[1], rows[1], table)], blend, [words])
+    spelt = _Speller(pivot.encoder, words[0]), _Speller(source.encoder, words[1])
+    positions = tuple(_position(i, both, rows, table, fused, spelt, blend) for i in range(len(both[0].labels)))
+    tokens = tuple(spelt[1].token(both[1], j) for j in range(len(both[1].labels)))
+    links = token_links(*both, words, blend.alignment)
+    return AlignmentView(names, blend, positions, tokens, tuple(grouped(len(positions), len(tokens), links)))
+
+
+def token_links(pivot: Encoded, source: Encoded, words: tuple[Vocabulary, Vocabulary] | None = None,
+                alignment: str = "offsets") -> list[tuple[int, int]]:
+    """Which tokens of two tokenisations share text, as (pivot label, source label): by the characters they cover, or as
+    "warp" pairs them (needs `words`)."""
+    if alignment == "warp":
+        return [(i, j) for i, its in enumerate(link_labels(pivot, source, words, alignment).lists()) for j in its]
+    mine, theirs = _spans(pivot), _spans(source)
+    return [(i, j) for i, (turn, begin, end) in enumerate(mine) for j, (their_turn, their_begin, their_end) in enumerate(theirs)
+            if turn == their_turn and max(begin, their_begin) < min(end, their_end)]
+
+
+def grouped(pivot_count: int, source_count: int, links: Sequence[tuple[int, int]]) -> list[Group]:
+    """Cut two linked sequences into the smallest pieces that no link crosses, in reading order."""
+    by_pivot: dict[int, list[int]] = {}
+    for i, j in links:
+        by_pivot.setdefault(i, []).append(j)
+    found, i, j = [], 0, 0
+    while i < pivot_count or j < source_count:
+        ends = [i + 1, j] if i < pivot_count and (by_pivot.get(i) or j >= source_count or not _linked(j, links)) else [i, j + 1]
+        while True:  # grow until no link leaves the piece
+            reach = [(a, b) for a, b in links if i <= a < ends[0] or j <= b < ends[1]]
+            wider = [max([ends[0], *(a + 1 for a, _ in reach)]), max([ends[1], *(b + 1 for _, b in reach)])]
+            if wider == ends:
+                break
+            ends = wider
+        found.append(Group(tuple(range(i, ends[0])), tuple(range(j, ends[1])), tuple(reach)))
+        i, j = ends
+    return found
+
+
+def _linked(j: int, links: Sequence[tuple[int, int]]) -> bool:
+    return any(b == j for _, b in links)
+
+
+def _encoded(encoder: Encoder, dialogue: Dialogue, name: str) -> Encoded:
+    encoded = encoder.encode(dialogue)
+    encoder.check(dialogue, encoded)
+    if not len(encoded.labels):
+        raise MismatchError("nothing of the reply fits into the tokens it reads", where=name, todo="Give a shorter dialogue.")
+    return encoded
+
+
+def _spans(encoded: Encoded) -> list[tuple[int, int, int]]:
+    """(turn, first character, one past the last) of every label in its reply; the end token stands after the text, and a token
+    of no width (a further byte of a character) with that character."""
+    spans = []
+    for i, (turn, begin, end_token) in enumerate(zip(encoded.turn.tolist(), encoded.reached.tolist(), encoded.ends.tolist(),
+                                                     strict=True)):
+        follows = i + 1 < len(encoded.turn) and encoded.turn[i + 1] == turn
+        begin = max(begin, 0)
+        end = int(encoded.reached[i + 1]) if follows else begin + 1
+        if end_token:
+            begin, end = 1 << 40, (1 << 40) + 1  # beyond every text, the same place in both
+        spans.append((turn, begin if end > begin else begin - 1, max(end, begin)))
+    return spans
+
+
+class _Speller:
+    """Texts of token ids as people can read them."""
+
+    def __init__(self, encoder: Encoder, words: Vocabulary):
+        self._tokenizer, self._words = encoder.tokenizer, words
+
+    def text(self, token_id: int) -> str:
+        spelt = self._words.of(np.array([token_id]))[0]
+        # bytes that are no whole character are shown as escapes
+        return spelt.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if spelt \
+            else str(self._tokenizer.convert_ids_to_tokens(int(token_id)))
+
+    def token(self, encoded: Encoded, label: int) -> Token:
+        token_id = int(encoded.targets[label])
+        return Token(self.text(token_id), not self._words.of(np.array([token_id]))[0], int(encoded.turn[label]))
+
+
+def _position(i: int, both: Sequence[Encoded], rows: Sequence[Rows], table: np.ndarray, fused: Fused,
+              spelt: tuple[_Speller, _Speller], blend: Blend) -> Position:
+    gold, at = int(both[0].targets[i]), int(fused.links[0].usable[i])
+    heard = _heard(rows[1], at, table, spelt, blend) if at >= 0 else ()
+    mine, theirs = (_entries(model, i, gold, spelt[0]) for model in fused.models)
+    chances = zip(fused.ids[i].tolist(), fused.chances[i].tolist(), strict=True)
+    whole = tuple(Expected(spelt[0].text(token), chance, token == gold) for token, chance in chances if token >= 0 and chance > 0)
+    return Position(spelt[0].token(both[0], i), at, mine, theirs, whole, heard,
+                    sum(its.chance for its in heard if not its.kept), int(fused.choice[i]),
+                    tuple(_number(value) for value in fused.deciding[:, i]),
+                    tuple(_number(model.nats[i]) for model in fused.models))
+
+
+def _entries(model: Distributions, i: int, gold: int, spelt: _Speller) -> tuple[Expected, ...]:
+    pairs = zip(model.ids[i].tolist(), np.exp(model.logprobs[i].astype(np.float64)).tolist(), strict=True)
+    return tuple(Expected(spelt.text(token), chance, token == gold) for token, chance in pairs if token >= 0)
+
+
+def _heard(rows: Rows, at: int, table: np.ndarray, spelt: tuple[_Speller, _Speller], blend: Blend) -> tuple[Heard, ...]:
+    chances = np.exp(rows.logprobs[at].astype(np.float64))
+    chances, found, seen = chances / chances.sum(), [], set()
+    for token, chance in zip(rows.ids[at].tolist(), chances.tolist(), strict=True):
+        mapped = int(table[token])
+        kept = mapped >= 0 and (mapped not in seen or blend.duplicates == "sum")
+        seen.add(mapped)
+        found.append(Heard(spelt[1].text(token), chance, spelt[0].text(mapped) if mapped >= 0 else None, kept))
+    return tuple(found)
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

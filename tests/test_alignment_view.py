@@ -1,0 +1,121 @@
+"""The alignment view's numbers: links and pieces worked out by hand, and scripted models whose words can be followed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from fusion import MismatchError, RecipeError, demo
+from fusion.distill.dialogues import Dialogue
+from fusion.distill.encoding import Encoded, Encoder
+from fusion.distill.store import Rows
+from fusion.distill.targets import Blend, Vocabulary
+from fusion.distill.view import Group, grouped, token_links, view
+
+TALK = Dialogue((("Tell me something.", "The farmer walks over the old bridge."),))
+
+
+def encoded(reached: list[int], ends: list[bool], turn: list[int] | None = None) -> Encoded:
+    count = len(reached)
+    return Encoded("", np.arange(count + 1), np.arange(1, count + 1), np.array(turn or [0] * count, np.int32), np.array(reached),
+                   np.array(ends))
+
+
+class Scripted:
+    """A teacher that always says the same: `nats` for every true token, and at every label these (token id, chance)."""
+
+    def __init__(self, name: str, nats: float, says):
+        self.encoder, self.mark = Encoder(AutoTokenizer.from_pretrained(demo.FOLDER / name)), name
+        self._nats, self._says = nats, says
+
+    def rows(self, batch, top_k):
+        return [self._row(its) for its in batch]
+
+    def _row(self, its: Encoded) -> Rows:
+        said = [self._says(int(token)) for token in its.targets]
+        count = len(said)
+        return Rows(np.array([[i for i, _ in one] for one in said], np.int32),
+                    np.log(np.array([[p for _, p in one] for one in said])).astype(np.float32), np.zeros(count, np.float32),
+                    np.full(count, self._nats, np.float32))
+
+
+@pytest.fixture(scope="module")
+def scripted():
+    """The pivot is sure of the true token; the source gives it 0.54 and 0.36 to a token that the pivot does not have."""
+    pivot = Scripted("pivot", 0.5, lambda token: [(token, 1.0)])
+    source = Scripted("source-neox", 0.25, lambda token: [(token, 0.54), (foreign, 0.36)])
+    mine = set(Vocabulary(pivot.encoder).surfaces)
+    foreign = next(i for i, text in enumerate(Vocabulary(source.encoder).surfaces) if text and text not in mine)
+    return pivot, source
+
+
+def texts(seen, group: Group) -> tuple[str, str]:
+    return "|".join(seen.positions[i].token.text for i in group.pivot), "|".join(seen.tokens[j].text for j in group.source)
+
+
+def test_pieces_are_the_smallest_that_no_link_crosses():
+    assert grouped(3, 4, [(0, 0), (1, 1), (1, 2), (2, 3)]) == [
+        Group((0,), (0,), ((0, 0),)), Group((1,), (1, 2), ((1, 1), (1, 2))), Group((2,), (3,), ((2, 3),))]
+    assert grouped(2, 2, [(0, 0), (0, 1), (1, 1)]) == [Group((0, 1), (0, 1), ((0, 0), (0, 1), (1, 1)))]
+    assert grouped(2, 3, [(0, 0), (1, 2)]) == [Group((0,), (0,), ((0, 0),)), Group((), (1,), ()), Group((1,), (2,), ((1, 2),))]
+    assert grouped(1, 0, []) == [Group((0,), (), ())] and grouped(0, 1, []) == [Group((), (0,), ())] and grouped(0, 0, []) == []
+
+
+def test_tokens_are_linked_by_the_letters_they_share():
+    # "farmer" as far|mer and f|arm|er, then both end
+    links = token_links(encoded([0, 3, 6], [False, False, True]), encoded([0, 1, 4, 6], [False, False, False, True]))
+    assert links == [(0, 0), (0, 1), (1, 1), (1, 2), (2, 3)]
+
+
+def test_the_bytes_of_one_letter_and_two_replies_stay_together():
+    # "ü" as two bytes here (the second has no width) and as one token there; then a second reply
+    pivot = encoded([0, 1, 1, 0], [False, False, True, False], [0, 0, 0, 1])
+    source = encoded([0, 1, 0], [False, True, False], [0, 0, 1])
+    assert token_links(pivot, source) == [(0, 0), (1, 0), (2, 1), (3, 2)]
+
+
+def test_a_scripted_dialogue_is_followed_through(scripted):
+    seen = view(*scripted, TALK, names=("Pivot", "NeoX"))
+    assert [texts(seen, group) for group in seen.groups][:3] == [("The", "The"), (" far|mer", " f|arm|er"), (" w", " w")]
+    assert texts(seen, seen.groups[-1]) == ("<|end|>", "</s>") and seen.positions[-1].token.mark
+    far, mer = seen.positions[1], seen.positions[2]
+    assert (far.source, mer.source) == (1, -1)
+    # of 0.54 and 0.36 the second has no pivot token: 0.4 of the source's words are lost, the rest becomes 1
+    word = far.heard[0]
+    assert (word.text, round(word.chance, 4), word.becomes, word.kept) == (" f", 0.6, " f", True)
+    assert far.heard[1].becomes is None and far.lost == pytest.approx(0.4) and seen.lost == pytest.approx(0.4)
+    assert [(entry.text, round(entry.chance, 6), entry.gold) for entry in far.mapped] == [(" f", 1, False)]
+    assert [(entry.text, entry.gold) for entry in far.pivot] == [(" far", True)]
+    # 16 labels at half a nat against 17 at a quarter, over 37 letters and the end
+    assert far.deciding == pytest.approx((16 * 0.5 / 38, 17 * 0.25 / 38), rel=1e-5)
+    assert far.chosen == 1 and far.fused == far.mapped
+    # " far|mer" and " f|arm|er" end together: three source tokens paid for two of the pivot's, but not for "mer" alone
+    assert mer.chosen == 0 and mer.mapped == () and mer.fused == mer.pivot and mer.nats[1] is None and mer.lost == 0
+    heard = sum(its.source >= 0 for its in seen.positions)
+    assert seen.taken == seen.carried == heard / 16
+
+
+def test_the_pivot_stays_where_it_knows_better(scripted):
+    pivot, source = scripted
+    sure = Scripted("pivot", 0.01, pivot._says)
+    seen = view(sure, source, TALK)
+    assert seen.taken == 0 and all(its.fused == its.pivot for its in seen.positions) and seen.carried > 0.5
+
+
+def test_a_mixture_and_a_warp_can_be_looked_at(scripted):
+    seen = view(*scripted, TALK, Blend(rule="avgce", alignment="warp", mapping="statistics", level="token"))
+    assert sum(entry.chance for entry in seen.positions[0].fused) == pytest.approx(1, abs=1e-4)
+    assert json.loads(json.dumps(seen.to_dict(), allow_nan=False))["names"] == ["pivot", "source"]
+
+
+def test_what_cannot_be_looked_at_says_why(scripted):
+    with pytest.raises(RecipeError, match="unknown rule"):
+        view(*scripted, TALK, Blend(rule="best"))
+    short = Encoder(scripted[1].encoder.tokenizer, max_tokens=3)
+    cut = Scripted("source-neox", 0.25, scripted[1]._says)
+    cut.encoder = short
+    with pytest.raises(MismatchError, match="shorter dialogue"):
+        view(scripted[0], cut, TALK)
