@@ -15,10 +15,12 @@ import numpy as np
 
 from fusion import compiled
 from fusion.checkpoint import Checkpoint
-from fusion.digest import TensorDigest, read_dtype
+from fusion.compiled.twins import BLOCK
+from fusion.digest import CHUNK_BYTES, KEYS, TensorDigest, read_dtype
 from fusion.dtypes import FLOATS, ITEM_BYTES, stored_type
 
-BLOCK = 65_536  # numbers: one block of every model stays in the second-level cache, and sums are rounded per block
+SPACE = 192  # bytes between rows, so that the same place of all does not share the few lines of one set of the cache
+STRETCH = 8 * BLOCK  # numbers that compiled loops handle in one call: what they write is the size that disks like
 
 
 class Row:
@@ -55,15 +57,39 @@ class Blocks:
         self.sources = [Row(name, *pair) for pair in zip(models, digests or [None] * len(models), strict=True)]
         self.numel = models[0].info[name].numel
         self.codes = np.array([source.code for source in self.sources], np.int64)
-        size = min(BLOCK, max(self.numel, 1))
-        self.rows = np.empty((len(models), size * max(source.item for source in self.sources)), np.uint8)
+        size, item = min(BLOCK, max(self.numel, 1)), max(source.item for source in self.sources)
+        self.rows = np.empty((len(models), -(-size * item // 8) * 8 + SPACE), np.uint8)
+        spans = [model.span(name) for model in models]
+        self._files = None if None in spans else np.array(
+            [(*span, source.digest is not None) for span, source in zip(spans, self.sources, strict=True)], np.int64)
+        chunks = -(-min(STRETCH, self.numel) * item // CHUNK_BYTES)
+        self._hashes = np.empty((len(models), chunks, 2), np.uint64)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.numel, BLOCK):
-            stop = min(start + BLOCK, self.numel)
-            for source, row in zip(self.sources, self.rows, strict=True):
-                source.fill(start, stop, row)
-            yield start, stop - start
+            yield start, self.fill(start)
+
+    def fill(self, start: int) -> int:
+        """Read the block that begins at `start` into `rows`; returns how many numbers it has."""
+        stop = min(start + BLOCK, self.numel)
+        for source, row in zip(self.sources, self.rows, strict=True):
+            source.fill(start, stop, row)
+        return stop - start
+
+    def stretch(self, loop: str, start: int, *arguments: object) -> int:
+        """Let a loop of `compiled.streams` read and handle up to `STRETCH` numbers from `start` on; returns how many it did.
+
+        0 where there are no such loops, or the first block is one for `fill`.
+        """
+        streams = compiled.streaming()
+        if streams is None or self._files is None:
+            return 0
+        n = min(STRETCH, self.numel - start)
+        done = getattr(streams, loop)(self._files, self.codes, start, n, self.rows, KEYS, self._hashes, *arguments)
+        for source, hashes in zip(self.sources, self._hashes, strict=True):
+            if done and source.digest is not None:
+                source.digest.take(start * source.item, done * source.item, hashes)
+        return done
 
     def numbers(self, n: int) -> np.ndarray:
         """The block as float32, [models, n]."""
@@ -101,6 +127,12 @@ class Stored:
         for m in np.flatnonzero(weights == 0):
             self.finite = blocks.all_finite(m, n) and self.finite
         return out.view(self._type)
+
+    def weigh_stretch(self, blocks: Blocks, start: int, weights: np.ndarray) -> np.ndarray:
+        """As `weigh`, of as many numbers from `start` on as compiled loops can read and weigh at once, perhaps none."""
+        out = self._room(min(STRETCH, blocks.numel - start)) if compiled.streaming() else self._out
+        done = blocks.stretch("weighed", start, weights, self._index, out)
+        return out[:done * self._item].view(self._type)
 
     def _room(self, n: int) -> np.ndarray:
         if len(self._out) < n * self._item:

@@ -272,8 +272,13 @@ class MergePlan:
             shares = shares[shares != 0]
         with digests.tapping(models, name) if digests else nullcontext(()) as taps:
             blocks = Blocks(name, models, taps)
-            for _, n in blocks:
-                yield out.weigh(blocks, n, shares)
+            start = 0
+            while start < blocks.numel:
+                stored = out.weigh_stretch(blocks, start, shares)
+                if not len(stored):
+                    stored = out.weigh(blocks, blocks.fill(start), shares)
+                start += len(stored)
+                yield stored
 
     def _shares(self, t: int, ratio: np.ndarray) -> np.ndarray | None:
         """The weights of the targets that take part where the tensor is their plain average, else None."""

@@ -23,12 +23,18 @@ PAYS_BYTES = 400_000_000  # measured: 0.4 s to load, 1 s of processor time saved
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
 _kernels: ModuleType | None = None
+_streams: ModuleType | None = None
 _refused = False
 
 
 def loops() -> ModuleType:
     """The module whose loops to call now: `kernels` once they are ready, else `twins`."""
     return twins if _kernels is None or _refused else _kernels
+
+
+def streaming() -> ModuleType | None:
+    """The module that reads and handles many blocks at once, None where `loops` are the twins."""
+    return None if _kernels is None or _refused else _streams
 
 
 def prepare(nbytes: int) -> None:
@@ -53,9 +59,10 @@ def prepare(nbytes: int) -> None:
 
 
 def _load() -> None:
-    global _kernels
+    global _kernels, _streams
     try:
-        _kernels = importlib.import_module("fusion.compiled.kernels")
+        kernels = importlib.import_module("fusion.compiled.kernels")
+        _streams, _kernels = importlib.import_module("fusion.compiled.streams"), kernels
     except ImportError:
         logging.getLogger(__name__).info("numba is not installed; numpy does the work")
     except Exception as error:  # a numba that does not fit this Python or processor must not stop a merge that works without
