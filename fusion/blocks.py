@@ -71,7 +71,11 @@ class Blocks:
 
     def fill(self, start: int) -> int:
         """Read the block that begins at `start` into `rows`; returns how many numbers it has."""
-        stop = min(start + BLOCK, self.numel)
+        stop, streams = min(start + BLOCK, self.numel), compiled.streaming()
+        if streams is not None and self._files is not None \
+                and streams.fill(self._files, self.codes, start, stop - start, self.rows, KEYS, self._hashes, 0):
+            self._take(start, stop - start)
+            return stop - start
         for source, row in zip(self.sources, self.rows, strict=True):
             source.fill(start, stop, row)
         return stop - start
@@ -86,10 +90,14 @@ class Blocks:
             return 0
         n = min(STRETCH, self.numel - start)
         done = getattr(streams, loop)(self._files, self.codes, start, n, self.rows, KEYS, self._hashes, *arguments)
-        for source, hashes in zip(self.sources, self._hashes, strict=True):
-            if done and source.digest is not None:
-                source.digest.take(start * source.item, done * source.item, hashes)
+        self._take(start, done)
         return done
+
+    def _take(self, start: int, n: int) -> None:
+        """Let the digests take in what was read from `start` on."""
+        for source, hashes in zip(self.sources, self._hashes, strict=True):
+            if n and source.digest is not None:
+                source.digest.take(start * source.item, n * source.item, hashes)
 
     def numbers(self, n: int) -> np.ndarray:
         """The block as float32, [models, n]."""

@@ -3,8 +3,8 @@
     compiled.prepare(nbytes)                # at the start of a piece of work that will handle so many bytes
     compiled.loops().hash_words(…)          # per block: whichever of the two is ready
 
-numba is optional. It is imported, and its machine code compiled or loaded from the cache on disk, in a thread of its own
-while numpy already works, and only when the work is large enough to pay for that. FUSECHAT_COMPILED=0 keeps to numpy, 1 waits
+numba is optional. It is imported, and its machine code loaded from the cache on disk, only when the work is large enough to
+pay for that. Where there is no cache yet it is compiled in a thread of its own while numpy works. FUSECHAT_COMPILED=0 keeps to numpy, 1 waits
 for numba whatever the size. Price: half a second of one core per process, and once some ten seconds to compile.
 """
 
@@ -20,6 +20,7 @@ from fusion.compiled import twins
 from fusion.errors import ResourceError
 
 PAYS_BYTES = 400_000_000  # measured: 0.4 s to load, 1 s of processor time saved for each GB read
+PATIENCE_S = 2.5  # loading from the cache takes less; beside it numpy would get little done and slow it down
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
 _kernels: ModuleType | None = None
@@ -38,7 +39,9 @@ def streaming() -> ModuleType | None:
 
 
 def prepare(nbytes: int) -> None:
-    """Begin to load the compiled loops if handling `nbytes` pays for it; returns at once unless FUSECHAT_COMPILED=1.
+    """Load the compiled loops if handling `nbytes` pays for it; returns when they are ready or must first be compiled.
+
+    With FUSECHAT_COMPILED=1 it waits for that too.
 
     ResourceError when FUSECHAT_COMPILED=1 and they cannot be had.
     """
@@ -51,10 +54,9 @@ def prepare(nbytes: int) -> None:
         if _thread is None:
             _thread = threading.Thread(target=_load, name="compiled loops")
             _thread.start()
-    if wish == "1":
-        _thread.join()
-        if _kernels is None:
-            raise ResourceError("the compiled loops cannot be used", where="FUSECHAT_COMPILED=1",
+    _thread.join(None if wish == "1" else PATIENCE_S)
+    if wish == "1" and _kernels is None:
+        raise ResourceError("the compiled loops cannot be used", where="FUSECHAT_COMPILED=1",
                                 todo="Install numba, or unset FUSECHAT_COMPILED.")
 
 

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numba import types
 
-from fusion.compiled.kernels import BYTES, CODES, ROW, _compile, _F32, _F64, _read_only, all_finite, hash_words, sum_changes, weigh
+from fusion.compiled.kernels import BYTES, CODES, ROW, _compile, _F32, _F64, _helper, _read_only, all_finite, hash_words, sum_changes, weigh
 from fusion.compiled.twins import BLOCK
 
 FILES, KEYS, HASHES, FILLED = _read_only(types.int64, 2), _read_only(types.uint64, 2), types.uint64[:, :, ::1], types.uint8[:, ::1]
@@ -22,7 +22,7 @@ COUNT, SUMS = types.int64, types.float64[:, ::1]
 _pread = types.ExternalFunction("pread", types.intp(types.int32, types.uintp, types.uintp, types.int64))
 
 
-@_compile(COUNT(COUNT))
+@_helper
 def _item(code):
     return 8 if code == _F64 else 4 if code == _F32 else 2
 
