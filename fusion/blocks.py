@@ -9,6 +9,7 @@ Price: one read of every byte; digests of what was read are almost free on the w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -146,6 +147,13 @@ class Stored:
         if len(self._out) < n * self._item:
             self._out = np.empty(n * self._item, np.uint8)
         return self._out[:n * self._item]
+
+
+def expect(name: str, models: Sequence[Checkpoint]) -> None:
+    """Ask the system to begin reading this tensor of `models`, which will be read soon: a disk should never wait for work."""
+    for span, model in zip([model.span(name) for model in models], models, strict=True):
+        if span is not None and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(*span, model.info[name].nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def new_digests(name: str, models: Sequence[Checkpoint]) -> list[TensorDigest]:

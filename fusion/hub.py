@@ -91,7 +91,7 @@ class Remote(Checkpoint):
 
     def span(self, name: str) -> None:
         """No file on this disk."""
-        return None
+        return
 
     @property
     def fingerprint(self) -> str:

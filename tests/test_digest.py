@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion.checkpoint import Checkpoint
-from fusion.digest import KEYS, CHUNK_BYTES, TensorDigest, checkpoint_digest, digest_checkpoint, digest_tensor
+from fusion.digest import CHUNK_BYTES, KEYS, TensorDigest, checkpoint_digest, digest_checkpoint, digest_tensor
 from fusion.progress import finish
 from tests.conftest import save_checkpoint
 

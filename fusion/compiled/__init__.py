@@ -4,8 +4,8 @@
     compiled.loops().hash_words(…)          # per block: whichever of the two is ready
 
 numba is optional. It is imported, and its machine code loaded from the cache on disk, only when the work is large enough to
-pay for that. Where there is no cache yet it is compiled in a thread of its own while numpy works. FUSECHAT_COMPILED=0 keeps to numpy, 1 waits
-for numba whatever the size. Price: half a second of one core per process, and once some ten seconds to compile.
+pay for that. Where there is no cache yet it is compiled in a thread of its own while numpy works. FUSECHAT_COMPILED=0 keeps to
+numpy, 1 waits for numba whatever the size. Price: one second of one core per process, and once some thirty to compile.
 """
 
 from __future__ import annotations

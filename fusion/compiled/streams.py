@@ -10,11 +10,22 @@ the sums of the digest's chunks from `start` on. There is no twin: `blocks` read
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numba import types
 
-from fusion.compiled.kernels import BYTES, CODES, ROW, _compile, _F32, _F64, _helper, _read_only, all_finite, hash_words, sum_changes, weigh
+from fusion.compiled.kernels import (
+    _F32,
+    _F64,
+    BYTES,
+    CODES,
+    _compile,
+    _helper,
+    _read_only,
+    all_finite,
+    hash_words,
+    sum_changes,
+    weigh,
+)
 from fusion.compiled.twins import BLOCK
 
 FILES, KEYS, HASHES, FILLED = _read_only(types.int64, 2), _read_only(types.uint64, 2), types.uint64[:, :, ::1], types.uint8[:, ::1]

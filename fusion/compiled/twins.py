@@ -13,6 +13,7 @@ import numpy as np
 from fusion import dtypes
 
 LANES = 128
+F32 = dtypes.FLOATS.index("F32")
 BLOCK = 65_536  # numbers: one block of every model stays in the second-level cache, and sums are rounded per block
 PLACES = np.arange(1 << 16, dtype=np.uint32)
 _held = threading.local()

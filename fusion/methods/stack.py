@@ -13,8 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fusion.compiled.twins import BLOCK
-from fusion.dtypes import FLOATS
+from fusion.compiled.twins import BLOCK, F32
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def stored(tensor: Stack) -> Iterator[Rows]:
     if hasattr(tensor, "stored"):
         yield from tensor.stored()
         return
-    codes = np.full(1 + tensor.count, FLOATS.index("F32"), np.int64)
+    codes = np.full(1 + tensor.count, F32, np.int64)
     for block in steady(tensor):
         yield Rows(block.start, block.pivot.size, np.concatenate([block.pivot[None], block.models]).view(np.uint8), codes)
 
