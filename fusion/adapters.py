@@ -115,6 +115,12 @@ class Adapted(View):
         own = self._whole.get(name)
         return own.dtype == self.info[name].dtype if own else self.model.plain(self._alias.get(name, name))
 
+    def span(self, name: str) -> tuple[int, int] | None:
+        """See Checkpoint."""
+        if not self.plain(name):
+            return None
+        return self._open.span(self._whole[name]) if name in self._whole else self.model.span(self._alias.get(name, name))
+
     def file(self, name: str) -> Path:
         """See Checkpoint; an adapter that replaces the embedding brings its own tokenizer."""
         own = self.adapter / name

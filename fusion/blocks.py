@@ -9,16 +9,19 @@ Price: one read of every byte; digests of what was read are almost free on the w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from fusion import compiled
 from fusion.checkpoint import Checkpoint
-from fusion.digest import TensorDigest, read_dtype
+from fusion.compiled.twins import BLOCK
+from fusion.digest import CHUNK_BYTES, KEYS, TensorDigest, read_dtype
 from fusion.dtypes import FLOATS, ITEM_BYTES, stored_type
 
-BLOCK = 65_536  # numbers: one block of every model stays in the second-level cache, and sums are rounded per block
+SPACE = 192  # bytes between rows, so that the same place of all does not share the few lines of one set of the cache
+STRETCH = 8 * BLOCK  # numbers that compiled loops handle in one call: what they write is the size that disks like
 
 
 class Row:
@@ -55,15 +58,47 @@ class Blocks:
         self.sources = [Row(name, *pair) for pair in zip(models, digests or [None] * len(models), strict=True)]
         self.numel = models[0].info[name].numel
         self.codes = np.array([source.code for source in self.sources], np.int64)
-        size = min(BLOCK, max(self.numel, 1))
-        self.rows = np.empty((len(models), size * max(source.item for source in self.sources)), np.uint8)
+        size, item = min(BLOCK, max(self.numel, 1)), max(source.item for source in self.sources)
+        self.rows = np.empty((len(models), -(-size * item // 8) * 8 + SPACE), np.uint8)
+        spans = [model.span(name) for model in models]
+        self._files = None if None in spans else np.array(
+            [(*span, source.digest is not None) for span, source in zip(spans, self.sources, strict=True)], np.int64)
+        chunks = -(-min(STRETCH, self.numel) * item // CHUNK_BYTES)
+        self._hashes = np.empty((len(models), chunks, 2), np.uint64)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.numel, BLOCK):
-            stop = min(start + BLOCK, self.numel)
-            for source, row in zip(self.sources, self.rows, strict=True):
-                source.fill(start, stop, row)
-            yield start, stop - start
+            yield start, self.fill(start)
+
+    def fill(self, start: int) -> int:
+        """Read the block that begins at `start` into `rows`; returns how many numbers it has."""
+        stop, streams = min(start + BLOCK, self.numel), compiled.streaming()
+        if streams is not None and self._files is not None \
+                and streams.fill(self._files, self.codes, start, stop - start, self.rows, KEYS, self._hashes, 0):
+            self._take(start, stop - start)
+            return stop - start
+        for source, row in zip(self.sources, self.rows, strict=True):
+            source.fill(start, stop, row)
+        return stop - start
+
+    def stretch(self, loop: str, start: int, *arguments: object) -> int:
+        """Let a loop of `compiled.streams` read and handle up to `STRETCH` numbers from `start` on; returns how many it did.
+
+        0 where there are no such loops, or the first block is one for `fill`.
+        """
+        streams = compiled.streaming()
+        if streams is None or self._files is None:
+            return 0
+        n = min(STRETCH, self.numel - start)
+        done = getattr(streams, loop)(self._files, self.codes, start, n, self.rows, KEYS, self._hashes, *arguments)
+        self._take(start, done)
+        return done
+
+    def _take(self, start: int, n: int) -> None:
+        """Let the digests take in what was read from `start` on."""
+        for source, hashes in zip(self.sources, self._hashes, strict=True):
+            if n and source.digest is not None:
+                source.digest.take(start * source.item, n * source.item, hashes)
 
     def numbers(self, n: int) -> np.ndarray:
         """The block as float32, [models, n]."""
@@ -102,10 +137,23 @@ class Stored:
             self.finite = blocks.all_finite(m, n) and self.finite
         return out.view(self._type)
 
+    def weigh_stretch(self, blocks: Blocks, start: int, weights: np.ndarray) -> np.ndarray:
+        """As `weigh`, of as many numbers from `start` on as compiled loops can read and weigh at once, perhaps none."""
+        out = self._room(min(STRETCH, blocks.numel - start)) if compiled.streaming() else self._out
+        done = blocks.stretch("weighed", start, weights, self._index, out)
+        return out[:done * self._item].view(self._type)
+
     def _room(self, n: int) -> np.ndarray:
         if len(self._out) < n * self._item:
             self._out = np.empty(n * self._item, np.uint8)
         return self._out[:n * self._item]
+
+
+def expect(name: str, models: Sequence[Checkpoint]) -> None:
+    """Ask the system to begin reading this tensor of `models`, which will be read soon: a disk should never wait for work."""
+    for span, model in zip([model.span(name) for model in models], models, strict=True):
+        if span is not None and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(*span, model.info[name].nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def new_digests(name: str, models: Sequence[Checkpoint]) -> list[TensorDigest]:

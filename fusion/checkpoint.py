@@ -84,6 +84,10 @@ class Checkpoint(Mapping[str, np.ndarray]):
         """As `raw`, read into the first bytes of `out` (uint8) instead of new memory; returns that part of it."""
         return self._files.tensor_into(self._stored[name], start, stop, out)
 
+    def span(self, name: str) -> tuple[int, int] | None:
+        """Open file and first byte of the stored numbers of a `plain` tensor; None where only `read` and `raw_into` know."""
+        return self._files.span(self._stored[name]) if self.plain(name) else None
+
     def _scale(self, name: str) -> np.ndarray | None:
         if name not in self._scales:
             self._scales[name] = read_scale(self._fp8[name], lambda tensor: self.raw(tensor.name))

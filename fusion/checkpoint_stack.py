@@ -15,11 +15,11 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 
 from fusion import compiled
-from fusion.blocks import Row
+from fusion.blocks import Blocks, Row
 from fusion.checkpoint import Checkpoint
 from fusion.digest import TensorDigest, read_dtype
 from fusion.errors import Stopped
-from fusion.methods.stack import BLOCK, Block
+from fusion.methods.stack import BLOCK, Block, Rows
 from fusion.slices import origin_of
 from fusion.variation import nonfinite
 
@@ -84,6 +84,19 @@ class CheckpointStack:
                 for row, out in zip(rows, [*([base] if self._reads_pivot else []), *models], strict=True):
                     self._read(row, start, stored, out[:n])
                 yield Block(start, base[:n], models[:, :n])
+        self._unchecked = False
+
+    def stored(self) -> Iterator[Rows]:
+        """See `methods.stack.stored`; the pivot is always read."""
+        digests, self._digests = self._digests, None
+        with digests.tapping(self._models, self._name) if digests else nullcontext(()) as taps:
+            blocks = Blocks(self._name, self._models, taps)
+            for start, n in blocks:
+                if self._stop.is_set():
+                    raise Stopped("stopped")
+                if self._unchecked and not all(blocks.all_finite(m, n) for m in range(len(self._models))):
+                    raise nonfinite(self._name, self._models)
+                yield Rows(start, n, blocks.rows, blocks.codes)
         self._unchecked = False
 
     def _read(self, row: Row, start: int, stored: np.ndarray, out: np.ndarray) -> None:

@@ -32,8 +32,8 @@ CHUNK_BYTES = 4096
 PREFIX = "fc1:"
 _READ_BYTES = 1 << 18
 _WORDS = CHUNK_BYTES // 8  # 64-bit words, each of which is two of 32 bits
-_KEYS = np.frombuffer(hashlib.shake_256(b"fusechat content digest 1").digest(4 * 4 * _WORDS), "<u4")
-_KEYS = np.ascontiguousarray((_KEYS | 1).reshape(2, _WORDS, 2).transpose(0, 2, 1).reshape(4, _WORDS), np.uint64)
+KEYS = np.frombuffer(hashlib.shake_256(b"fusechat content digest 1").digest(4 * 4 * _WORDS), "<u4")
+KEYS = np.ascontiguousarray((KEYS | 1).reshape(2, _WORDS, 2).transpose(0, 2, 1).reshape(4, _WORDS), np.uint64)
 
 
 class TensorDigest:
@@ -59,14 +59,22 @@ class TensorDigest:
         words, first = _aligned(stored, start_byte), start_byte // 8
         chunk, end = start_byte // CHUNK_BYTES, -(-stop // CHUNK_BYTES)
         if start_byte % CHUNK_BYTES == 0 and (stop % CHUNK_BYTES == 0 or stop == self.nbytes):  # whole chunks: nobody else's
-            compiled.loops().hash_words(words, 0, _KEYS, self._sums[chunk:end])
+            compiled.loops().hash_words(words, 0, KEYS, self._sums[chunk:end])
         else:
             sums = np.zeros((end - chunk, 2), np.uint64)
-            compiled.loops().hash_words(words, first - chunk * _WORDS, _KEYS, sums)
+            compiled.loops().hash_words(words, first - chunk * _WORDS, KEYS, sums)
             with self._lock:
                 self._sums[chunk:end] += sums
         with self._lock:
             self._seen += len(stored)
+
+    def take(self, start_byte: int, nbytes: int, sums: np.ndarray) -> None:
+        """As `update`, for whole chunks whose sums [chunks, 2] are known: `hash_words` with `KEYS`."""
+        chunk = start_byte // CHUNK_BYTES
+        count = -(-nbytes // CHUNK_BYTES)
+        with self._lock:
+            self._sums[chunk:chunk + count] += sums[:count]
+            self._seen += nbytes
 
     def value(self) -> str:
         """The digest, 64 hexadecimal digits."""

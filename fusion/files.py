@@ -145,6 +145,13 @@ class Files:
                                   todo="Do not change a checkpoint while it is merged.")
         return part
 
+    def span(self, tensor: TensorInfo) -> tuple[int, int]:
+        """The open file that a tensor lies in, and its first byte there."""
+        try:
+            return self._descriptor(tensor.file), tensor.start
+        except OSError as error:
+            raise CheckpointError(f"cannot be read ({error.strerror})", where=str(tensor.file)) from error
+
     def _descriptor(self, path: Path) -> int:
         with self._lock:
             if path not in self._open:

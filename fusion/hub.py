@@ -89,6 +89,10 @@ class Remote(Checkpoint):
         """See `raw`."""
         return self.raw(name)
 
+    def span(self, name: str) -> None:
+        """No file on this disk."""
+        return
+
     @property
     def fingerprint(self) -> str:
         """The commit stands for the content."""

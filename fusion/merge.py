@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from fusion import compiled, dtypes
+from fusion.blocks import expect
 from fusion.card import model_card
 from fusion.checkpoint_stack import InputDigests
 from fusion.digest import TensorDigest, checkpoint_digest, digest_checkpoint
@@ -122,9 +123,16 @@ def compute(plan: MergePlan, sink: Sink, variation: Variation | None = None) -> 
     sizes = {name: plan.read_bytes(name) + plan.output_bytes(name) for name, _, _ in plan.outputs()}
     meter, stop = Meter("Merging", len(sizes), "tensors", sum(sizes.values())), threading.Event()
     yield meter.step(len(notes), sum(sizes[name] for name in notes))
-    with ThreadPoolExecutor(THREADS) as pool:
+    todo = tuple(sink.todo)
+    with ThreadPoolExecutor(THREADS) as pool, ThreadPoolExecutor(1) as ahead:
+
+        def one(k: int) -> dict:
+            if k + THREADS < len(todo):
+                ahead.submit(expect, todo[k + THREADS], plan.read_models(todo[k + THREADS]))
+            return merge_tensor(plan, todo[k], sink, stop, ratios)
+
         try:
-            jobs = {pool.submit(merge_tensor, plan, name, sink, stop, ratios): name for name in sink.todo}
+            jobs = {pool.submit(one, k): name for k, name in enumerate(todo)}
             for job in as_completed(jobs):
                 name = jobs[job]
                 notes[name] = job.result()
@@ -132,6 +140,7 @@ def compute(plan: MergePlan, sink: Sink, variation: Variation | None = None) -> 
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
+            ahead.shutdown(cancel_futures=True)
     return collect(plan, notes, variation)
 
 

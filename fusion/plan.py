@@ -185,6 +185,12 @@ class MergePlan:
         part = [int(j) + 1 for j in np.flatnonzero(self.parts[t])]
         return [0, *part] if self._reads_pivot(t) else part
 
+    def read_models(self, name: str) -> list[Checkpoint]:
+        """The models that merging this tensor reads, the pivot first where it is measured or read."""
+        readers = self.readers(self.number[name]) if name in self.number else [0]
+        measured = self.measured and not self.pools_tensors and name in self.number
+        return list(self.models) if measured else [self.models[i] for i in readers]
+
     def read_bytes(self, name: str) -> int:
         """Bytes that merging this tensor reads at least once, all models together."""
         models = self.readers(self.number[name]) if name in self.number else [0]
@@ -272,8 +278,13 @@ class MergePlan:
             shares = shares[shares != 0]
         with digests.tapping(models, name) if digests else nullcontext(()) as taps:
             blocks = Blocks(name, models, taps)
-            for _, n in blocks:
-                yield out.weigh(blocks, n, shares)
+            start = 0
+            while start < blocks.numel:
+                stored = out.weigh_stretch(blocks, start, shares)
+                if not len(stored):
+                    stored = out.weigh(blocks, blocks.fill(start), shares)
+                start += len(stored)
+                yield stored
 
     def _shares(self, t: int, ratio: np.ndarray) -> np.ndarray | None:
         """The weights of the targets that take part where the tensor is their plain average, else None."""

@@ -54,6 +54,11 @@ class Restacked(View):
         owner, own = self.owned[name]
         return owner.plain(own)
 
+    def span(self, name: str) -> tuple[int, int] | None:
+        """See Checkpoint."""
+        owner, own = self.owned[name]
+        return owner.span(own)
+
 
 def origin_of(model: Checkpoint, name: str) -> tuple[Checkpoint, str]:
     """The checkpoint whose tensor `model` shows under this name, unchanged, and what it is called there."""

@@ -187,12 +187,10 @@ class TensorSums:
     def zero(cls, targets: int) -> TensorSums:
         return cls(*(np.zeros(targets) for _ in range(5)))
 
-    def add(self, block: np.ndarray) -> None:
-        """Add the sums of one block, as `twins.sum_changes` gives them."""
-        self.square += block[:-1, 0]
-        self.absolute += block[:-1, 1]
-        self.changed += block[:-1, 2]
-        self.pivot_square += float(block[-1, 0])
+    def take(self, table: np.ndarray) -> None:
+        """Take the sums of all blocks, each as `twins.sum_changes` gives them: [J + 1, 3]."""
+        self.square, self.absolute, self.changed = table[:-1].T.copy()
+        self.pivot_square = float(table[-1, 0])
 
     def add_elements(self, numbers: np.ndarray) -> None:
         """Add the shares of every element of one block, `numbers` [1 + J, n] float32, the pivot first."""
@@ -214,10 +212,16 @@ def sum_tensor(name: str, pivot: Checkpoint, targets: Sequence[Checkpoint], stop
     `digests`, one or None for each model, the pivot's first, see what is read.
     """
     blocks = Blocks(name, (pivot, *targets), digests)
-    sums, part = TensorSums.zero(len(targets)), np.empty((len(targets) + 1, 3))
-    for _, n in blocks:
+    sums, start = TensorSums.zero(len(targets)), 0
+    part, table = np.zeros((2, len(targets) + 1, 3))
+    while start < blocks.numel:
         if stop.is_set():
             raise Stopped("stopped")
+        done = 0 if elements else blocks.stretch("changes", start, part, table)
+        if done:
+            start += done
+            continue
+        n = blocks.fill(start)
         rows, codes = blocks.rows, blocks.codes
         compiled.loops().sum_changes(rows, codes, n, part)
         if not np.isfinite(part[:, 0].sum()):
@@ -225,9 +229,11 @@ def sum_tensor(name: str, pivot: Checkpoint, targets: Sequence[Checkpoint], stop
                 raise nonfinite(name, blocks.models)
             rows, codes = _mended(blocks.numbers(n))
             compiled.loops().sum_changes(rows, codes, n, part)
-        sums.add(part)
+        table += part
+        start += n
         if elements:
             sums.add_elements(blocks.numbers(n) if rows is blocks.rows else rows.view(np.float32))
+    sums.take(table)
     return sums
 
 

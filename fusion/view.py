@@ -37,6 +37,10 @@ class View(Checkpoint):
         """See Checkpoint."""
         return self.model.plain(name)
 
+    def span(self, name: str) -> tuple[int, int] | None:
+        """See Checkpoint; a view whose tensors are those of files says so itself."""
+        return None
+
     def file(self, name: str) -> Path:
         """See Checkpoint."""
         return self.model.file(name)

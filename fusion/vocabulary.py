@@ -61,6 +61,10 @@ class Remapped(View):
         """See Checkpoint."""
         return name not in self.tables and self.model.plain(name)
 
+    def span(self, name: str) -> tuple[int, int] | None:
+        """See Checkpoint."""
+        return None if name in self.tables else self.model.span(name)
+
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> np.ndarray:
         """See Checkpoint."""
         if name not in self.tables:

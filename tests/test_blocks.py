@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fusion import compiled, dtypes
-from fusion.blocks import BLOCK, Blocks, Stored, new_digests
+from fusion.blocks import BLOCK, STRETCH, Blocks, Stored, expect, new_digests
 from fusion.checkpoint import Checkpoint
 from fusion.digest import digest_checkpoint, digest_tensor
 from fusion.errors import CheckpointError
@@ -26,7 +26,9 @@ def loops(request, monkeypatch):
     """Both kinds of loops, one after the other."""
     if request.param == "kernels":
         pytest.importorskip("numba")
-        from fusion.compiled import kernels
+        from fusion.compiled import kernels, streams
+
+        monkeypatch.setattr(compiled, "_streams", streams)
     monkeypatch.setattr(compiled, "_kernels", kernels if request.param == "kernels" else None)
     monkeypatch.setattr(compiled, "_refused", False)
     return compiled.loops()
@@ -95,12 +97,49 @@ def test_what_is_not_finite_is_seen_even_in_a_model_without_weight(loops, tmp_pa
         finish(merge(recipe, tmp_path / "out"))
 
 
+@pytest.mark.parametrize(("method", "options"), [("varm", {}), ("linear", {}), ("sce", {}), ("sce", {"compat": "authors"}),
+                                                 ("ties", {"density": .4}), ("dare_ties", {"density": .4})])
+def test_long_tensors_with_odd_numbers_are_the_same_by_both_loops(tmp_path, monkeypatch, method, options):
+    """More than one stretch and no whole block at the end, and a block in the middle that only the slow way can do."""
+    pytest.importorskip("numba")
+    from fusion.compiled import kernels, streams
+
+    random, folders = np.random.default_rng(4), []
+    for name in "abc":
+        values = random.normal(size=STRETCH + BLOCK + 3).astype(np.float32)
+        values[2 * BLOCK + 5] = np.inf if name == "b" else 1
+        folders.append(str(save_checkpoint(tmp_path / name, {NAME: values, NORM: values[:7]}, "bfloat16")))
+    recipe, results = Recipe(folders[0], tuple(folders[1:]), method=method, options=options, allow_nonfinite=True), []
+    monkeypatch.setattr(compiled, "_streams", streams)
+    for used in (None, kernels):
+        monkeypatch.setattr(compiled, "_kernels", used)
+        results.append(finish(merge(recipe, tmp_path / str(used is None))).recipe)
+    assert results[0].result == results[1].result and results[0].revisions == results[1].revisions
+    with pytest.raises(CheckpointError, match="holds 1 values"):
+        finish(merge(recipe.with_(allow_nonfinite=False), tmp_path / "out"))
+
+
+@pytest.mark.parametrize("loop", [0, 1])
+def test_a_file_that_becomes_shorter_is_an_error_of_the_slow_way(loops, tmp_path, loop):
+    folder = save_checkpoint(tmp_path / "model", {NAME: np.ones(STRETCH, np.float32)})
+    model = Checkpoint(folder)
+    blocks = Blocks(NAME, [model, model])
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(BLOCK * 6)
+    table = np.zeros((2, 2, 3))
+    done = blocks.stretch("changes", 0, *table) if loop else 0
+    assert done == (BLOCK if done else 0)
+    with pytest.raises(CheckpointError, match="became shorter"):
+        blocks.fill(done or BLOCK)
+
+
 @pytest.mark.parametrize("method", ["varm", "linear", "ties", "slerp"])
 @pytest.mark.parametrize("dtype", ["", "float32"])
 def test_a_merge_is_the_same_by_both_loops_and_records_the_digests_of_what_it_read(tmp_path, models, monkeypatch, method, dtype):
     pytest.importorskip("numba")
-    from fusion.compiled import kernels
+    from fusion.compiled import kernels, streams
 
+    monkeypatch.setattr(compiled, "_streams", streams)
     targets = [str(model.folder) for model in models[1:3 if method == "slerp" else 4]]
     recipe, results = Recipe(str(models[0].folder), tuple(targets), method=method, dtype=dtype), []
     for used in (None, kernels):
@@ -113,3 +152,11 @@ def test_a_merge_is_the_same_by_both_loops_and_records_the_digests_of_what_it_re
     assert results[1].recipe.result["digest"] == finish(digest_checkpoint(Checkpoint(results[1].folder)))
     for label, folder in zip(results[1].recipe.revisions, (str(models[0].folder), *targets), strict=True):
         assert results[1].recipe.revisions[label] == finish(digest_checkpoint(Checkpoint(folder)))
+
+
+def test_a_tensor_that_is_expected_is_in_memory_soon_and_a_computed_one_is_no_error(models, monkeypatch):
+    asked = []
+    monkeypatch.setattr("os.posix_fadvise", lambda *span: asked.append(span[1:3]), raising=False)
+    monkeypatch.setattr(models[1], "plain", lambda name: False)
+    expect(NAME, models)
+    assert asked == [(models[m].span(NAME)[1], models[m].info[NAME].nbytes) for m in (0, 2, 3)]

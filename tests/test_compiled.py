@@ -157,6 +157,33 @@ def test_elections_and_sums_of_those_that_agree_are_the_same(kernels, n, count, 
     assert dtypes.encode(totals[0], "F32").tobytes() == dtypes.encode(totals[1], "F32").tobytes()
 
 
+DROPS = ((0, 0, 0, 0, 0), (1, 0x3A800000, 3, 0x3F800000, 1), (1, 0, 9999, 0x7FFFFFFF, 0), (1, 0x7FFFFFFF, 0, 0x7FFFFFFF, 0),
+         (2, 4_294_960_000, 77, 1 << 31, 0))
+
+
+@settings(max_examples=60)
+@given(n=st.sampled_from([1, 127, 2048, 5000]), codes=st.lists(CODES, min_size=2, max_size=5), seed=st.integers(0, 999),
+       sick=st.booleans(), vote_first=st.booleans(), divided=st.booleans(), scale=st.sampled_from([1.0, .7]))
+def test_what_is_taken_from_stored_numbers_is_the_same(kernels, n, codes, seed, sick, vote_first, divided, scale):
+    random, count = np.random.default_rng(seed), len(codes) - 1
+    drops = np.array(random.choice(DROPS, count), np.int64)
+    factors, table = random.random(count).astype(np.float32), random.random(divided << count).astype(np.float32) + 1
+    targets, uppers, codes = np.array([0, count - 1]), np.array([-1, 0x3F80]), np.array(codes)
+    results = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = np.stack([stored(numbers(n, seed % 7 + m % 2, sick), code) for m, code in enumerate(codes)])
+        for loops in (kernels, twins):
+            its, sums, energy = [drops.copy(), drops.copy()], np.zeros((count, 2)), np.zeros(count)
+            counts, merged = np.zeros((2, 1 << 16), np.int64), np.empty(n, np.float32)
+            loops.elect(rows, codes, n, its[0], factors, vote_first, table if divided else table[:0], scale, merged)
+            loops.sizes(rows, codes, n, its[1], sums)
+            loops.squares(rows, codes, n, energy)
+            loops.count_changes(rows, codes, n, targets, uppers, counts)
+            numbers_made = [dtypes.encode(merged, "F32"), np.nan_to_num(sums), np.nan_to_num(energy)]
+            results.append([part.tobytes() for part in (*its, *numbers_made, counts)])
+    assert results[0] == results[1]
+
+
 @settings(max_examples=60)
 @given(n=st.sampled_from([1, 7, 2048, 5000]), count=st.integers(1, 5), seed=st.integers(0, 999))
 def test_spreads_are_the_same(kernels, n, count, seed):
@@ -259,6 +286,7 @@ def test_the_loops_are_the_twins_until_the_others_are_ready(monkeypatch):
     monkeypatch.setattr(compiled, "_kernels", None)
     monkeypatch.setattr(compiled, "_thread", None)
     monkeypatch.setenv("FUSECHAT_COMPILED", "")
+    monkeypatch.setattr(compiled, "PATIENCE_S", .01)
     monkeypatch.setattr(compiled.importlib, "import_module", lambda name: ready.wait(10) and other)
     compiled.prepare(10**12)
     assert compiled.loops() is twins

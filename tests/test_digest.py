@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion.checkpoint import Checkpoint
-from fusion.digest import _KEYS, CHUNK_BYTES, TensorDigest, checkpoint_digest, digest_checkpoint, digest_tensor
+from fusion.digest import CHUNK_BYTES, KEYS, TensorDigest, checkpoint_digest, digest_checkpoint, digest_tensor
 from fusion.progress import finish
 from tests.conftest import save_checkpoint
 
@@ -45,7 +45,7 @@ def test_the_value_is_the_one_the_definition_gives():
 
 def test_the_keys_never_change():
     """Digests that people recorded must stay comparable."""
-    assert hashlib.sha256(_KEYS.astype("<u8").tobytes()).hexdigest()[:16] == "300bc20403d57ba7"
+    assert hashlib.sha256(KEYS.astype("<u8").tobytes()).hexdigest()[:16] == "300bc20403d57ba7"
     assert digest_of(b"abcdefgh")[:16] == "bb30ace3eb3901e0"
 
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fusion.methods.draws import _fill, draw, uniform
+from fusion.compiled import twins
+from fusion.methods.draws import begin, draw, uniform
 from fusion.methods.lanes import lane_product, lane_sum
 from fusion.methods.select import Selection, Top, magnitude_bits
 
@@ -90,8 +91,8 @@ def test_keys_are_independent():
 def test_keys_that_share_a_half_are_independent(upper):
     """With the lower half alone a key would only say where in one long sequence to start."""
     one, other = np.empty((2, 1 << 16), np.uint32)
-    _fill(5, 0, one)
-    _fill(5 + (upper << 32), 0, other)
+    twins.draw(*begin(5, 0), one)
+    twins.draw(*begin(5 + (upper << 32), 0), other)
     assert abs(np.corrcoef(one.astype(float), other.astype(float))[0, 1]) < 5 / 256
     assert abs(np.corrcoef((other - one).astype(float)[1:], (other - one).astype(float)[:-1])[0, 1]) < 5 / 256
     assert np.mean((one < 1 << 31) & (other < 1 << 31)) == pytest.approx(.25, abs=.01)

@@ -3,9 +3,9 @@
     compiled.prepare(nbytes)                # at the start of a piece of work that will handle so many bytes
     compiled.loops().hash_words(…)          # per block: whichever of the two is ready
 
-numba is optional. It is imported, and its machine code compiled or loaded from the cache on disk, in a thread of its own
-while numpy already works, and only when the work is large enough to pay for that. FUSECHAT_COMPILED=0 keeps to numpy, 1 waits
-for numba whatever the size. Price: half a second of one core per process, and once some ten seconds to compile.
+numba is optional. It is imported, and its machine code loaded from the cache on disk, only when the work is large enough to
+pay for that. Where there is no cache yet it is compiled in a thread of its own while numpy works. FUSECHAT_COMPILED=0 keeps to
+numpy, 1 waits for numba whatever the size. Price: one second of one core per process, and once some thirty to compile.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from fusion.compiled import twins
 from fusion.errors import ResourceError
 
 PAYS_BYTES = 400_000_000  # measured: 0.4 s to load, 1 s of processor time saved for each GB read
+PATIENCE_S = 2.5  # loading from the cache takes less; beside it numpy would get little done and slow it down
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
 _kernels: ModuleType | None = None
+_streams: ModuleType | None = None
 _refused = False
 
 
@@ -31,8 +33,15 @@ def loops() -> ModuleType:
     return twins if _kernels is None or _refused else _kernels
 
 
+def streaming() -> ModuleType | None:
+    """The module that reads and handles many blocks at once, None where `loops` are the twins."""
+    return None if _kernels is None or _refused else _streams
+
+
 def prepare(nbytes: int) -> None:
-    """Begin to load the compiled loops if handling `nbytes` pays for it; returns at once unless FUSECHAT_COMPILED=1.
+    """Load the compiled loops if handling `nbytes` pays for it; returns when they are ready or must first be compiled.
+
+    With FUSECHAT_COMPILED=1 it waits for that too.
 
     ResourceError when FUSECHAT_COMPILED=1 and they cannot be had.
     """
@@ -45,17 +54,17 @@ def prepare(nbytes: int) -> None:
         if _thread is None:
             _thread = threading.Thread(target=_load, name="compiled loops")
             _thread.start()
-    if wish == "1":
-        _thread.join()
-        if _kernels is None:
-            raise ResourceError("the compiled loops cannot be used", where="FUSECHAT_COMPILED=1",
+    _thread.join(None if wish == "1" else PATIENCE_S)
+    if wish == "1" and _kernels is None:
+        raise ResourceError("the compiled loops cannot be used", where="FUSECHAT_COMPILED=1",
                                 todo="Install numba, or unset FUSECHAT_COMPILED.")
 
 
 def _load() -> None:
-    global _kernels
+    global _kernels, _streams
     try:
-        _kernels = importlib.import_module("fusion.compiled.kernels")
+        kernels = importlib.import_module("fusion.compiled.kernels")
+        _streams, _kernels = importlib.import_module("fusion.compiled.streams"), kernels
     except ImportError:
         logging.getLogger(__name__).info("numba is not installed; numpy does the work")
     except Exception as error:  # a numba that does not fit this Python or processor must not stop a merge that works without

@@ -41,6 +41,9 @@ def _compile(*signatures):
     return decorate
 
 
+_helper = numba.njit(nogil=True, error_model="numpy")  # compiled into those that call it, so that nothing is loaded for it
+
+
 @intrinsic
 def _half_to_float(context, bits):
     def generate(context, builder, signature, arguments):
@@ -55,7 +58,7 @@ def _float_to_half(context, value):
     return types.uint16(types.float32), generate
 
 
-@_compile(types.void(ROW, types.int64, types.int64, types.int64, NUMBERS))
+@_helper
 def _tile(row, code, start, n, out):
     """Decode the numbers start … start + n of a row."""
     bits = out.view(np.uint32)
@@ -90,7 +93,7 @@ def decode(row, code, n, out):
     return worst < _INFINITE
 
 
-@_compile(types.boolean(NUMBERS, types.int64, BYTES, types.int64, types.int64))
+@_helper
 def _store(values, code, out, start, n):
     """Encode n numbers as the elements start … start + n of `out`; the twin of dtypes.encode and dtypes.overflowed."""
     bits, worst = values.view(np.uint32), np.uint32(0)
@@ -136,6 +139,11 @@ def encode(values, code, out):
 @_compile(types.boolean(ROW, types.int64, types.int64))
 def all_finite(row, code, n):
     """See `twins.all_finite`."""
+    if code == _BF16:
+        halves, most = row.view(np.uint16)[:n], np.uint16(0)
+        for i in range(n):
+            most = max(most, np.uint16(halves[i] & np.uint16(0x7FFF)))
+        return most < np.uint16(0x7F80)
     values, worst = np.empty(min(TILE, n), np.float32), np.uint32(0)
     bits = values.view(np.uint32)
     for start in range(0, n, TILE):
@@ -146,7 +154,7 @@ def all_finite(row, code, n):
     return worst < _INFINITE
 
 
-@_compile(types.float64(types.float64[::1]))
+@_helper
 def _fold(lanes):
     half = len(lanes) // 2
     while half:
@@ -317,6 +325,147 @@ def add_agreeing(deltas, sign, table, total):
         turned_out = out.view(np.uint32)
         for i in range(m):
             turned_out[i] ^= its_sign[i]
+
+
+@_helper
+def _delta(rows, codes, start, m, pivot, j, out):
+    """The change of target j in the numbers start … start + m, of which `pivot` holds the pivot's."""
+    _tile(rows[j + 1], codes[j + 1], start, m, out)
+    for i in range(m):
+        out[i] -= pivot[i]
+
+
+@_compile(types.void(ROWS, CODES, types.int64, types.float64[::1]))
+def squares(rows, codes, n, out):
+    """See `twins.squares`."""
+    count = len(rows) - 1
+    pivot, delta, lanes = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32), np.zeros((count, LANES))
+    for start in range(0, n, TILE):
+        m = min(TILE, n - start)
+        _tile(rows[0], codes[0], start, m, pivot)
+        for j in range(count):
+            delta[m:] = 0
+            _delta(rows, codes, start, m, pivot, j, delta)
+            its = lanes[j]
+            for r in range(0, m, LANES):
+                for lane in range(LANES):
+                    value = np.float64(delta[r + lane])
+                    its[lane] += value * value
+    for j in range(count):
+        out[j] += _fold(lanes[j])
+
+
+@_helper
+def _mark_above(bits, m, cut, inside):
+    """Which magnitudes are among the largest, as 1 and 0; see `twins.dropped`."""
+    limit, equal = np.uint32(cut[0]), 0
+    for i in range(m):
+        equal += np.int32((bits[i] & _SIGN) == limit)
+    if cut[1] >= equal:
+        cut[1] -= equal
+        for i in range(m):
+            inside[i] = np.uint32((bits[i] & _SIGN) >= limit)
+        return
+    for i in range(m):
+        inside[i] = np.uint32((bits[i] & _SIGN) > limit)
+    i = 0
+    while cut[1] > 0:
+        if (bits[i] & _SIGN) == limit:
+            inside[i] = np.uint32(1)
+            cut[1] -= 1
+        i += 1
+
+
+@_helper
+def _drop(values, at, m, drop, inside, outside):
+    """See `twins.dropped`; `values` are those from `at` on in their block."""
+    if drop[0] == 1:
+        bits = values.view(np.uint32)
+        _mark_above(bits, m, drop[1:3], inside)
+        _mark_above(bits, m, drop[3:5], outside)
+        for i in range(m):
+            values[i] *= np.float32(np.int32(inside[i] & ~outside[i]))
+    elif drop[0] == 2:
+        draw(np.uint32(drop[1] + at), np.uint32(drop[2]), inside[:m])
+        chance = np.uint32(drop[3])
+        for i in range(m):
+            values[i] *= np.float32(np.int32(inside[i] < chance))
+
+
+@_compile(types.void(ROWS, CODES, types.int64, types.int64[:, ::1], types.float64[:, ::1]))
+def sizes(rows, codes, n, drops, out):
+    """See `twins.sizes`."""
+    count = len(rows) - 1
+    pivot, delta = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    inside, outside, lanes = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.zeros((2 * count, LANES))
+    for start in range(0, n, TILE):
+        m = min(TILE, n - start)
+        _tile(rows[0], codes[0], start, m, pivot)
+        for j in range(count):
+            delta[m:] = 0
+            _delta(rows, codes, start, m, pivot, j, delta)
+            whole, kept = lanes[2 * j], lanes[2 * j + 1]
+            for r in range(0, m, LANES):
+                for lane in range(LANES):
+                    whole[lane] += np.float64(abs(delta[r + lane]))
+            _drop(delta, start, m, drops[j], inside, outside)
+            for r in range(0, m, LANES):
+                for lane in range(LANES):
+                    kept[lane] += np.float64(abs(delta[r + lane]))
+    for j in range(count):
+        out[j, 0] += _fold(lanes[2 * j])
+        out[j, 1] += _fold(lanes[2 * j + 1])
+
+
+@_compile(types.void(ROWS, CODES, types.int64, CODES, CODES, types.int64[:, ::1]))
+def count_changes(rows, codes, n, targets, uppers, out):
+    """See `twins.count_changes`."""
+    pivot, delta = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    bits = delta.view(np.uint32)
+    for start in range(0, n, TILE):
+        m = min(TILE, n - start)
+        _tile(rows[0], codes[0], start, m, pivot)
+        for k in range(len(targets)):
+            _delta(rows, codes, start, m, pivot, targets[k], delta)
+            its, upper = out[k], np.uint32(uppers[k])
+            if uppers[k] < 0:
+                for i in range(m):
+                    its[(bits[i] & _SIGN) >> np.uint32(16)] += 1
+            else:
+                for i in range(m):
+                    if (bits[i] & _SIGN) >> np.uint32(16) == upper:
+                        its[bits[i] & np.uint32(0xFFFF)] += 1
+
+
+@_compile(types.void(ROWS, CODES, types.int64, types.int64[:, ::1], _read_only(types.float32, 1), types.boolean,
+                     _read_only(types.float32, 1), types.float64, NUMBERS))
+def elect(rows, codes, n, drops, factors, vote_first, table, scale, out):
+    """See `twins.elect`."""
+    count, factor = len(rows) - 1, np.float32(scale)
+    pivot, room, sign = np.empty(TILE, np.float32), np.empty(count * TILE, np.float32), np.empty(TILE, np.uint32)
+    inside, outside = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+    for start in range(0, n, TILE):
+        m = min(TILE, n - start)
+        _tile(rows[0], codes[0], start, m, pivot)
+        deltas = room[:count * m].reshape(count, m)
+        for j in range(count):
+            _delta(rows, codes, start, m, pivot, j, deltas[j])
+            _drop(deltas[j], start, m, drops[j], inside, outside)
+        if vote_first:
+            majority(deltas, sign[:m])
+        for j in range(count):
+            its, weight = deltas[j], factors[j]
+            for i in range(m):
+                its[i] *= weight
+        if not vote_first:
+            majority(deltas, sign[:m])
+        part = out[start:start + m]
+        add_agreeing(deltas, sign[:m], table, part)
+        if scale != 1:
+            for i in range(m):
+                part[i] *= factor
+        for i in range(m):
+            part[i] += pivot[i]
 
 
 @_compile(types.void(DELTAS, NUMBERS))

@@ -13,6 +13,8 @@ import numpy as np
 from fusion import dtypes
 
 LANES = 128
+F32 = dtypes.FLOATS.index("F32")
+BLOCK = 65_536  # numbers: one block of every model stays in the second-level cache, and sums are rounded per block
 PLACES = np.arange(1 << 16, dtype=np.uint32)
 _held = threading.local()
 
@@ -174,6 +176,95 @@ def add_agreeing(deltas: np.ndarray, sign: np.ndarray, table: np.ndarray, total:
     if len(table):
         total /= table.take(which, mode="clip")
     total.view(np.uint32)[:] ^= sign
+
+
+def squares(rows: np.ndarray, codes: np.ndarray, n: int, out: np.ndarray) -> None:
+    """Add Σ Δⱼ² of the changes from the pivot, taken in float32 and squared in float64, to `out` [J]; `rows` [1 + J, bytes]."""
+    out += [lane_squares(its) for its in _changes(rows, codes, n)[1]]
+
+
+def sizes(rows: np.ndarray, codes: np.ndarray, n: int, drops: np.ndarray, out: np.ndarray) -> None:
+    """Add Σ |Δⱼ| of all changes and of those that `drops` [J, 5] keeps to `out` [J, 2] float64; see `dropped`."""
+    for its, drop, sums in zip(_changes(rows, codes, n)[1], drops, out, strict=True):
+        sums[0] += lane_sum(np.abs(its, out=its))
+        dropped(its, drop)
+        sums[1] += lane_sum(its)
+
+
+def count_changes(rows: np.ndarray, codes: np.ndarray, n: int, targets: np.ndarray, uppers: np.ndarray,
+                  out: np.ndarray) -> None:
+    """For each of some targets count the magnitudes of its changes in `out` [k, 65536] as `count_lower` does for these
+    `uppers` [k], or as `count_upper` does where they are below 0."""
+    for j, upper, its in zip(targets, uppers, out, strict=True):
+        delta = np.subtract(_number_row(rows, codes, n, j + 1, "second"), _number_row(rows, codes, n, 0, "first"),
+                            out=_numbers("second", n))
+        bits = delta.view(np.uint32)
+        bits &= np.uint32(0x7FFFFFFF)
+        if upper < 0:
+            count_upper(bits, its)
+        else:
+            count_lower(bits, upper, its)
+
+
+def elect(rows: np.ndarray, codes: np.ndarray, n: int, drops: np.ndarray, factors: np.ndarray, vote_first: bool,
+          table: np.ndarray, scale: float, out: np.ndarray) -> None:
+    """Write pivot + scale · `add_agreeing` of the changes into `out` [n] float32.
+
+    `rows` [1 + J, bytes], the pivot first; `drops` [J, 5] says what is set to 0, see `dropped`; `factors` [J] float32 weigh
+    the changes before their majority is taken, or after it if `vote_first`.
+    """
+    pivot, deltas = _changes(rows, codes, n)
+    for its, drop in zip(deltas, drops, strict=True):
+        dropped(its, drop)
+    sign = np.empty(n, np.uint32)
+    if vote_first:
+        majority(deltas, sign)
+    deltas *= factors[:, None]
+    if not vote_first:
+        majority(deltas, sign)
+    add_agreeing(deltas, sign, table, out)
+    if scale != 1:
+        out *= np.float32(scale)
+    out += pivot
+
+
+def dropped(values: np.ndarray, drop: np.ndarray) -> None:
+    """Multiply those of `values` [n] float32 by 0 that are dropped; `drop` [5] int64 says which.
+
+    (0, …): none. (1, kept, left, skipped, left): keep the magnitudes above the bits `kept` and the first `left` with just
+    these bits, but for those that are above `skipped` in the same way; what is left is counted down. (2, low, high, chance,
+    …): keep those whose `draw` is below the chance.
+    """
+    if drop[0] == 1:
+        bits = values.view(np.uint32) & np.uint32(0x7FFFFFFF)
+        values *= _above(bits, drop[1:3]) & ~_above(bits, drop[3:5])
+    elif drop[0] == 2:
+        draw(int(drop[1]), int(drop[2]), bits := np.empty(len(values), np.uint32))
+        values *= bits < np.uint32(drop[3])
+
+
+def _above(bits: np.ndarray, cut: np.ndarray) -> np.ndarray:
+    inside = bits > np.uint32(cut[0])
+    if cut[1]:
+        equal = np.flatnonzero(bits == np.uint32(cut[0]))[:cut[1]]
+        inside[equal] = True
+        cut[1] -= equal.size
+    return inside
+
+
+def _changes(rows: np.ndarray, codes: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pivot [n] and the changes from it [J, n], float32."""
+    pivot = _number_row(rows, codes, n, 0, "pivot")
+    deltas = _numbers("deltas", n * (len(rows) - 1)).reshape(len(rows) - 1, n)
+    for row, code, its in zip(rows[1:], codes[1:], deltas, strict=True):
+        decode(row, code, n, its)
+        its -= pivot
+    return pivot, deltas
+
+
+def _number_row(rows: np.ndarray, codes: np.ndarray, n: int, m: int, name: str) -> np.ndarray:
+    decode(rows[m], codes[m], n, out := _numbers(name, n))
+    return out
 
 
 def spread(deltas: np.ndarray, out: np.ndarray) -> None:

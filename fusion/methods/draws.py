@@ -20,11 +20,17 @@ def draw(key: int, start: int, n: int) -> np.ndarray:
     out = np.empty(n, np.uint32)
     done = 0
     while done < n:
-        high, low = divmod(start + done, LANES)
-        step = min(n - done, LANES - low)
-        _fill(mix(int(key) + high), low, out[done:done + step])
+        step = min(n - done, LANES - (start + done) % LANES)
+        compiled.loops().draw(*begin(key, start + done), out[done:done + step])
         done += step
     return out
+
+
+def begin(key: int, start: int) -> tuple[int, int]:
+    """What the loops' `draw` needs to draw from element `start` on; for a stretch that no multiple of 2³² divides."""
+    high, low = divmod(start, LANES)
+    mixed = mix(int(key) + high)
+    return (low + mixed) & 0xFFFFFFFF, mixed >> 32
 
 
 def uniform(key: int, start: int, n: int) -> np.ndarray:
@@ -38,7 +44,3 @@ def mix(key: int) -> int:
     key = ((key ^ key >> 30) * 0xBF58476D1CE4E5B9) & MASK
     key = ((key ^ key >> 27) * 0x94D049BB133111EB) & MASK
     return key ^ key >> 31
-
-
-def _fill(key: int, low: int, out: np.ndarray) -> None:
-    compiled.loops().draw((low + key) & 0xFFFFFFFF, key >> 32, out)

@@ -7,19 +7,20 @@ Price: one pass, two more to rank magnitudes exactly, one more to rescale.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 
 from fusion import compiled
-from fusion.methods.draws import draw, uniform
+from fusion.methods.draws import begin, draw, uniform
 from fusion.methods.lanes import lane_sum
 from fusion.methods.method import per_target
-from fusion.methods.select import Cut, Selection, Top, magnitude_bits
-from fusion.methods.stack import Block, Stack, row_length, steady
+from fusion.methods.select import MAGNITUDE, Cut, Selection, Top, magnitude_bits
+from fusion.methods.stack import Block, Stack, row_length, steady, stored
 
 Divide = Callable[[np.ndarray], np.ndarray]
+NO_TABLE = np.empty(0, np.float32)
 NOTHING = 1e-30  # a share of all changes this small is none: the factor to make up for it would not fit into float32
 TABLED = 8  # targets whose sets are few enough for a table
 CANCELLED = 1e-6  # a sum of weights this small against their magnitudes is rounding
@@ -27,6 +28,12 @@ CANCELLED = 1e-6  # a sum of weights this small against their magnitudes is roun
 
 class KeepAll:
     """Drops nothing; what the other sparsifiers have in common."""
+
+    ruled = True  # whether `rules` says what it drops
+
+    def rules(self, start: int, keys: tuple[int, ...]) -> np.ndarray:
+        """What is dropped of the block that begins at `start`, once in a pass: [J, 5] int64 for `twins.dropped`."""
+        return np.zeros((len(keys), 5), np.int64)
 
     def learn(self, tensor: Stack) -> None:
         """Read the tensor as often as it takes to know what to drop."""
@@ -61,20 +68,30 @@ class KeepLargest(KeepAll):
         chosen = {j: Selection() for j in range(tensor.count) if density[j] < 1}
         if not chosen:
             return
-        for deltas in changes(tensor):
-            for j, selection in chosen.items():
-                selection.count(magnitude_bits(deltas[j], deltas[j].view(np.uint32)))
+        counts = count_changes(tensor, [(j, -1) for j in chosen])
+        for selection, its in zip(chosen.values(), counts, strict=True):
+            selection.size, selection.upper = size, its[:selection.upper.size]
         for j, selection in chosen.items():
             kept = max(1, int(density[j] * size)) if density[j] > 0 else 0
             skipped = min(int(gamma[j] * size), size - kept)
             selection.aim((skipped, skipped + kept if kept else skipped))
-        for deltas in changes(tensor):
-            for j, selection in chosen.items():
-                selection.refine(magnitude_bits(deltas[j], deltas[j].view(np.uint32)))
+        bins = [(j, upper) for j, selection in chosen.items() for upper in selection.lower]
+        for (j, upper), its in zip(bins, count_changes(tensor, bins), strict=True):
+            chosen[j].lower[upper] = its
         self.cuts = {j: selection.cuts() for j, selection in chosen.items()}
 
     def start(self) -> None:
         self.tops = {j: (Top(skipped), Top(kept)) for j, (skipped, kept) in self.cuts.items()}
+        self.left: np.ndarray | None = None
+
+    def rules(self, start: int, keys: tuple[int, ...]) -> np.ndarray:
+        """See KeepAll; the same array for a whole pass, in which is counted down what is left of equal magnitudes."""
+        if self.left is None:
+            self.left = super().rules(start, keys)
+            for j, (skipped, kept) in self.cuts.items():
+                bits = [min(cut.bits, int(MAGNITUDE)) for cut in (kept, skipped)]  # that of no number: NaN at most
+                self.left[j] = 1, bits[0], kept.equal, bits[1], skipped.equal
+        return self.left
 
     def drops(self, j: int) -> bool:
         return j in self.cuts
@@ -97,6 +114,12 @@ class DropAtRandom(KeepAll):
     def learn(self, tensor: Stack) -> None:
         self.multiple, self.chance = 1, per_target(self.density, tensor.count)
 
+    def rules(self, start: int, keys: tuple[int, ...]) -> np.ndarray:
+        rules = super().rules(start, keys)
+        for j in filter(self.drops, range(len(keys))):
+            rules[j, :4] = 2, *begin(keys[j], start), int(self.chance[j] * 2.0 ** 32)
+        return rules
+
     def drops(self, j: int) -> bool:
         return bool(self.chance[j] < 1)
 
@@ -106,6 +129,8 @@ class DropAtRandom(KeepAll):
 
 class DropByRank(DropAtRandom):
     """Keeps each change with a chance from `density` − `epsilon` to `density` + `epsilon`, by its rank in its row."""
+
+    ruled = False
 
     def __init__(self, density: float | np.ndarray, epsilon: float | np.ndarray):
         self.density, self.epsilon = density, epsilon
@@ -153,6 +178,10 @@ def merge_deltas(tensor: Stack, weights: np.ndarray, sparsify: KeepAll, *, elect
         scaled = scaled / divisor(weights.sum(), weights)
     divide = partial(divisor, weights=weights) if normalize else None
     sparsify.start()
+    if elect and sparsify.ruled and (divide is None or len(weights) <= TABLED):
+        table = agreeing_weights(weights, divide) if divide else NO_TABLE
+        yield from elected(tensor, scaled, table, sparsify, factor=factor)
+        return
     for block in steady(tensor, sparsify.multiple):
         deltas = drop(block, sparsify, tensor.keys)
         if elect:
@@ -164,6 +193,26 @@ def merge_deltas(tensor: Stack, weights: np.ndarray, sparsify: KeepAll, *, elect
             merged *= np.float32(factor)
         merged += block.pivot
         yield merged
+
+
+def elected(tensor: Stack, factors: np.ndarray, table: np.ndarray, sparsify: KeepAll, *, factor: float = 1.0,
+            vote_first: bool = False) -> Iterator[np.ndarray]:
+    """Yield the blocks of θ₀ + λ·Σ of the kept changes of the elected sign, straight from stored numbers; see `twins.elect`."""
+    factors = factors.astype(np.float32)
+    for part in stored(tensor):
+        merged = np.empty(part.n, np.float32)
+        rules = sparsify.rules(part.start, tensor.keys)
+        compiled.loops().elect(part.rows, part.codes, part.n, rules, factors, vote_first, table, float(factor), merged)
+        yield merged
+
+
+def count_changes(tensor: Stack, bins: Sequence[tuple[int, int]]) -> np.ndarray:
+    """A pass that counts the changes of a target in bins of their magnitude's bits for each (target, upper bits); see the twin."""
+    counts = np.zeros((len(bins), 1 << 16), np.int64)
+    targets, uppers = np.array(bins, np.int64).reshape(-1, 2).T.copy()
+    for part in stored(tensor) if bins else ():
+        compiled.loops().count_changes(part.rows, part.codes, part.n, targets, uppers, counts)
+    return counts
 
 
 def changes(tensor: Stack) -> Iterator[np.ndarray]:
@@ -183,10 +232,24 @@ def drop(block: Block, sparsify: KeepAll, keys: tuple[int, ...]) -> np.ndarray:
 
 def l1_ratio(tensor: Stack, sparsify: KeepAll) -> np.ndarray:
     """Σ|Δⱼ| of all changes ÷ Σ|Δⱼ| of the kept ones for each target, [J]; 1 where nothing is kept."""
-    whole, kept = np.zeros(tensor.count), np.zeros(tensor.count)
     if not any(sparsify.drops(j) for j in range(tensor.count)):
         return np.ones(tensor.count)
     sparsify.start()
+    whole, kept = ruled_sizes(tensor, sparsify) if sparsify.ruled else sizes(tensor, sparsify)
+    return np.divide(whole, kept, out=np.ones(tensor.count), where=kept > NOTHING * whole)
+
+
+def ruled_sizes(tensor: Stack, sparsify: KeepAll) -> np.ndarray:
+    """Σ|Δⱼ| of all changes and of the kept ones, [2, J]."""
+    out = np.zeros((tensor.count, 2))
+    for part in stored(tensor):
+        compiled.loops().sizes(part.rows, part.codes, part.n, sparsify.rules(part.start, tensor.keys), out)
+    return out.T
+
+
+def sizes(tensor: Stack, sparsify: KeepAll) -> tuple[np.ndarray, np.ndarray]:
+    """The same where every block must be asked what is kept of it."""
+    whole, kept = np.zeros(tensor.count), np.zeros(tensor.count)
     for block in steady(tensor, sparsify.multiple):
         deltas = np.subtract(block.models, block.pivot, out=block.models)
         for j, its in enumerate(deltas):
@@ -196,7 +259,7 @@ def l1_ratio(tensor: Stack, sparsify: KeepAll) -> np.ndarray:
             whole[j] += lane_sum(size)
             size *= mask
             kept[j] += lane_sum(size)
-    return np.divide(whole, kept, out=np.ones(tensor.count), where=kept > NOTHING * whole)
+    return whole, kept
 
 
 def weighted_sum(deltas: np.ndarray, factors: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
@@ -10,9 +11,9 @@ import numpy as np
 from fusion import compiled
 from fusion.methods.lanes import lane_squares
 from fusion.methods.method import About
-from fusion.methods.pipeline import changes, majority, sum_agreeing
+from fusion.methods.pipeline import NO_TABLE, TABLED, KeepAll, agreeing_weights, changes, elected, majority, sum_agreeing
 from fusion.methods.select import Cut, Selection, Top, magnitude_bits
-from fusion.methods.stack import Stack, steady
+from fusion.methods.stack import Stack, steady, stored
 
 Divide = Callable[[np.ndarray], np.ndarray]
 DIVIDE: dict[str, Divide | None] = {  # what the sum of the surviving weights is divided by
@@ -40,6 +41,10 @@ def sce(tensor: Stack, weights: np.ndarray, *,
     """
     cut = select(tensor, select_topk, compat) if select_topk < 1 else None
     eta = shares_of(*energies(tensor, cut), compat)
+    if cut is None and len(eta) <= TABLED:
+        divide = DIVIDE[compat]
+        yield from elected(tensor, eta, agreeing_weights(eta, divide) if divide else NO_TABLE, KeepAll(), vote_first=True)
+        return
     top = Top(cut) if cut and compat != "authors" else None
     for block in steady(tensor):
         deltas = np.subtract(block.models, block.pivot, out=block.models)
@@ -80,11 +85,14 @@ def spread_bits(deltas: np.ndarray) -> np.ndarray:
 
 def energies(tensor: Stack, cut: Cut | None) -> tuple[np.ndarray, int]:
     """Σδ̂ⱼ² of the selected changes [J] in float64, and the number of elements."""
-    total, size, top = np.zeros(tensor.count), 0, Top(cut) if cut else None
+    total, size = np.zeros(tensor.count), math.prod(tensor.shape)
+    if cut is None:
+        for part in stored(tensor):
+            compiled.loops().squares(part.rows, part.codes, part.n, total)
+        return total, size
+    top = Top(cut)
     for deltas in changes(tensor):
-        size += deltas.shape[1]
-        if top:
-            deltas *= top.mask(spread_bits(deltas))
+        deltas *= top.mask(spread_bits(deltas))
         total += [lane_squares(its) for its in deltas]
     return total, size
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-BLOCK = 65_536  # elements
+from fusion.compiled.twins import BLOCK, F32
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,17 @@ class Block:
     start: int
     pivot: np.ndarray
     models: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The flat elements from `start` on as they are stored, the pivot first: `rows` [1 + J, bytes] of `n` numbers each, whose
+    dtypes are `codes` [1 + J]; what loops take that decode for themselves. Overwritten by the next block."""
+
+    start: int
+    n: int
+    rows: np.ndarray
+    codes: np.ndarray
 
 
 class Stack(Protocol):
@@ -92,6 +103,16 @@ def steady(tensor: Stack, multiple: int = 1) -> Iterator[Block]:
             if filled == held.models.shape[1]:
                 yield held
                 filled = 0
+
+
+def stored(tensor: Stack) -> Iterator[Rows]:
+    """A pass as `steady`, over the numbers as they are stored; a stack that has such a pass of its own saves decoding them."""
+    if hasattr(tensor, "stored"):
+        yield from tensor.stored()
+        return
+    codes = np.full(1 + tensor.count, F32, np.int64)
+    for block in steady(tensor):
+        yield Rows(block.start, block.pivot.size, np.concatenate([block.pivot[None], block.models]).view(np.uint8), codes)
 
 
 def _part(block: Block, start: int, stop: int) -> Block:
