@@ -72,7 +72,7 @@ def card(stages: Sequence[Stage], price: Cost | None, running: str = "", ended: 
     head = "Everything is done" if done == len(stages) else f"{len(stages)} stages" + (f", {done} done" if done else "")
     return (f"<section class='fs-card fs-plan'><h2 class='fs-title'>{head}</h2>"
             f"<div class='fs-table'><table><thead><tr><th>Stage</th><th>of</th><th>about</th><th>state</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table></div>{'' if ended else _numbers(stages, price)}</section>")
+            f"<tbody>{rows}</tbody></table></div>{'' if ended or (running and not price) else _numbers(stages, price)}</section>")
 
 
 def _row(stage: Stage, price: Cost | None, i: int, running: str) -> str:

@@ -155,12 +155,9 @@ def token_links(pivot: Encoded, source: Encoded, words: tuple[Vocabulary, Vocabu
 
 def grouped(pivot_count: int, source_count: int, links: Sequence[tuple[int, int]]) -> list[Group]:
     """Cut two linked sequences into the smallest pieces that no link crosses, in reading order."""
-    by_pivot: dict[int, list[int]] = {}
-    for i, j in links:
-        by_pivot.setdefault(i, []).append(j)
-    found, i, j = [], 0, 0
+    linked, found, i, j = {j for _, j in links}, [], 0, 0
     while i < pivot_count or j < source_count:
-        ends = [i + 1, j] if i < pivot_count and (by_pivot.get(i) or j >= source_count or not _linked(j, links)) else [i, j + 1]
+        ends = [i, j + 1] if i == pivot_count or (j < source_count and j not in linked) else [i + 1, j]
         while True:  # grow until no link leaves the piece
             reach = [(a, b) for a, b in links if i <= a < ends[0] or j <= b < ends[1]]
             wider = [max([ends[0], *(a + 1 for a, _ in reach)]), max([ends[1], *(b + 1 for _, b in reach)])]
@@ -170,10 +167,6 @@ def grouped(pivot_count: int, source_count: int, links: Sequence[tuple[int, int]
         found.append(Group(tuple(range(i, ends[0])), tuple(range(j, ends[1])), tuple(reach)))
         i, j = ends
     return found
-
-
-def _linked(j: int, links: Sequence[tuple[int, int]]) -> bool:
-    return any(b == j for _, b in links)
 
 
 def _encoded(encoder: Encoder, dialogue: Dialogue, name: str) -> Encoded:
