@@ -45,12 +45,14 @@ function fuseAlignment(root) {
     drawFacts();
     drawKey();
     drawFlow();
-    const interesting = data.positions.findIndex((its) => its.chosen && its.words.length);
-    const heard = data.positions.findIndex((its) => its.chosen);
-    show(Math.max(0, interesting >= 0 ? interesting : heard));
+    show(mostTelling());
     requestAnimationFrame(link);
   }
 
+  // What is worth seeing first: where the source is heard and most of its words are lost, else where it is heard at all.
+  function mostTelling() {
+    return data.positions.reduce((best, its, i) => (its.chosen && (!data.positions[best].chosen || its.lost > data.positions[best].lost) ? i : best), 0);
+  }
   function drawFacts() {
     facts.replaceChildren(...data.facts.map((fact) => {
       const part = el('div');
