@@ -357,7 +357,7 @@ def squares(rows, codes, n, out):
 
 @_helper
 def _mark_above(bits, m, cut, inside):
-    """Which magnitudes are among the largest, as 1 and 0; see `twins.dropped`."""
+    """Which magnitudes are among the largest, as 1 and 0; see `twins._dropped`."""
     limit, equal = np.uint32(cut[0]), 0
     for i in range(m):
         equal += np.int32((bits[i] & _SIGN) == limit)
@@ -378,7 +378,7 @@ def _mark_above(bits, m, cut, inside):
 
 @_helper
 def _drop(values, at, m, drop, inside, outside):
-    """See `twins.dropped`; `values` are those from `at` on in their block."""
+    """See `twins._dropped`; `values` are those from `at` on in their block."""
     if drop[0] == 1:
         bits = values.view(np.uint32)
         _mark_above(bits, m, drop[1:3], inside)

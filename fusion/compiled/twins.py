@@ -184,10 +184,10 @@ def squares(rows: np.ndarray, codes: np.ndarray, n: int, out: np.ndarray) -> Non
 
 
 def sizes(rows: np.ndarray, codes: np.ndarray, n: int, drops: np.ndarray, out: np.ndarray) -> None:
-    """Add Σ |Δⱼ| of all changes and of those that `drops` [J, 5] keeps to `out` [J, 2] float64; see `dropped`."""
+    """Add Σ |Δⱼ| of all changes and of those that `drops` [J, 5] keeps to `out` [J, 2] float64; see `_dropped`."""
     for its, drop, sums in zip(_changes(rows, codes, n)[1], drops, out, strict=True):
         sums[0] += lane_sum(np.abs(its, out=its))
-        dropped(its, drop)
+        _dropped(its, drop)
         sums[1] += lane_sum(its)
 
 
@@ -210,12 +210,12 @@ def elect(rows: np.ndarray, codes: np.ndarray, n: int, drops: np.ndarray, factor
           table: np.ndarray, scale: float, out: np.ndarray) -> None:
     """Write pivot + scale · `add_agreeing` of the changes into `out` [n] float32.
 
-    `rows` [1 + J, bytes], the pivot first; `drops` [J, 5] says what is set to 0, see `dropped`; `factors` [J] float32 weigh
+    `rows` [1 + J, bytes], the pivot first; `drops` [J, 5] says what is set to 0, see `_dropped`; `factors` [J] float32 weigh
     the changes before their majority is taken, or after it if `vote_first`.
     """
     pivot, deltas = _changes(rows, codes, n)
     for its, drop in zip(deltas, drops, strict=True):
-        dropped(its, drop)
+        _dropped(its, drop)
     sign = np.empty(n, np.uint32)
     if vote_first:
         majority(deltas, sign)
@@ -228,7 +228,7 @@ def elect(rows: np.ndarray, codes: np.ndarray, n: int, drops: np.ndarray, factor
     out += pivot
 
 
-def dropped(values: np.ndarray, drop: np.ndarray) -> None:
+def _dropped(values: np.ndarray, drop: np.ndarray) -> None:
     """Multiply those of `values` [n] float32 by 0 that are dropped; `drop` [5] int64 says which.
 
     (0, …): none. (1, kept, left, skipped, left): keep the magnitudes above the bits `kept` and the first `left` with just

@@ -32,7 +32,7 @@ class KeepAll:
     ruled = True  # whether `rules` says what it drops
 
     def rules(self, start: int, keys: tuple[int, ...]) -> np.ndarray:
-        """What is dropped of the block that begins at `start`, once in a pass: [J, 5] int64 for `twins.dropped`."""
+        """What is dropped of the block that begins at `start`, once in a pass: [J, 5] int64 for `twins._dropped`."""
         return np.zeros((len(keys), 5), np.int64)
 
     def learn(self, tensor: Stack) -> None:
@@ -75,7 +75,7 @@ class KeepLargest(KeepAll):
             kept = max(1, int(density[j] * size)) if density[j] > 0 else 0
             skipped = min(int(gamma[j] * size), size - kept)
             selection.aim((skipped, skipped + kept if kept else skipped))
-        bins = [(j, upper) for j, selection in chosen.items() for upper in selection.lower]
+        bins = [(j, upper) for j, selection in chosen.items() for upper in selection.bins]
         for (j, upper), its in zip(bins, count_changes(tensor, bins), strict=True):
             chosen[j].lower[upper] = its
         self.cuts = {j: selection.cuts() for j, selection in chosen.items()}

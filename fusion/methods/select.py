@@ -42,6 +42,7 @@ class Selection:
         self.upper = np.zeros(1 << 15, np.int64)
         self.lower: dict[int, np.ndarray] = {}
         self.ranks: tuple[int, ...] = ()
+        self.bins: tuple[int, ...] = ()  # the upper bits at which the ranks lie, each once
 
     def count(self, bits: np.ndarray) -> None:
         """The first pass: take in a block of magnitude bits."""
@@ -52,12 +53,15 @@ class Selection:
         """Say how many of the largest are wanted, one number or several."""
         self.ranks = tuple(ranks)
         self.above = np.concatenate([np.cumsum(self.upper[::-1])[::-1], [0]])  # [b]: numbers in bin b or above
-        self.lower = {self._bin(k): np.zeros(1 << 16, np.int64) for k in self.ranks if 0 < k <= self.size}
+        self.bins = tuple(dict.fromkeys(self._bin(k) for k in self.ranks if 0 < k <= self.size))
+        self.lower = {}
 
     def refine(self, bits: np.ndarray) -> None:
         """The second pass: the same blocks again."""
-        for upper, counts in self.lower.items():
-            compiled.loops().count_lower(bits, upper, counts)
+        for upper in self.bins:
+            if upper not in self.lower:
+                self.lower[upper] = np.zeros(1 << 16, np.int64)
+            compiled.loops().count_lower(bits, upper, self.lower[upper])
 
     def cuts(self) -> tuple[Cut, ...]:
         """The cuts of the ranks that were aimed at."""
