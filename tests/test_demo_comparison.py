@@ -72,8 +72,8 @@ def test_all_arms_see_the_same_dialogues_with_the_same_steps(tmp_path):
     assert recipes["pairwise"].training == recipes["multi"].training == recipes["sft"].training
     assert recipes["pairwise"].target_names == tuple(members("target")) and recipes["pairwise"].training.seed == 4
     for seed in (1, 2):
-        write_dialogues(tmp_path / f"{seed}", TINY, seed)
-    write_dialogues(tmp_path / "again", TINY, 1)
+        write_dialogues(tmp_path / f"{seed}", 24, seed)
+    write_dialogues(tmp_path / "again", 24, 1)
     assert (tmp_path / "1").read_text() == (tmp_path / "again").read_text() != (tmp_path / "2").read_text()
     assert len((tmp_path / "1").read_text().splitlines()) == 24
 

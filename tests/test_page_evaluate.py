@@ -21,7 +21,7 @@ from components.state import COLORS, MergeRef, Settings
 from components.studio import Studio
 from fusion import FusionError, Recipe, RecipeError, finish
 from fusion.evaluate import Evaluation, Scores, from_scores, tasks
-from tests.browser import open_tab
+from tests.browser import open_tab, two_targets
 from tests.test_evaluate_judge import serving
 from tests.test_page_inspect import choose, serious, served, visiting
 
@@ -223,7 +223,7 @@ def downloaded(page, kind):
 @pytest.mark.browser
 @pytest.mark.parametrize(("look", "width"), [("light", 1440), ("dark", 400)])
 def test_two_models_are_evaluated_and_the_result_survives_a_reload(browser, tmp_path, look, width):
-    with served(Studio(outputs=tmp_path / "outputs")) as url, visiting(browser, url, width, look) as page:
+    with served(two_targets(Studio(outputs=tmp_path / "outputs"))) as url, visiting(browser, url, width, look) as page:
         begin(page)
         table = page.locator("#evaluate-table")
         expect(table.locator("tbody tr")).to_have_count(2, timeout=PATIENCE_MS)
@@ -265,7 +265,7 @@ def slow_answers(monkeypatch):
 
 @pytest.mark.browser
 def test_a_run_survives_a_reload_and_can_be_stopped(browser, tmp_path, slow_answers):
-    studio = Studio(outputs=tmp_path / "outputs")
+    studio = two_targets(Studio(outputs=tmp_path / "outputs"))
     with served(studio) as url, visiting(browser, url) as page, visiting(browser, url) as stranger:
         begin(page)
         expect(page.get_by_role("progressbar", name="Asking Pivot")).to_be_visible(timeout=PATIENCE_MS)

@@ -35,12 +35,12 @@ def small(page, name: str, steps: int) -> None:
     fill(page, "fuse-batch", 2)
     page.locator("#fuse-name").get_by_role("textbox").fill(name)
     page.keyboard.press("Tab")
-    expect(page.locator("#fuse-stages")).to_contain_text(re.compile(rf"Steps a target\s*{steps}"), timeout=PATIENCE_MS)
+    expect(page.locator("#fuse-stages")).to_contain_text(re.compile(rf"Steps a target\s*{steps:,}"), timeout=PATIENCE_MS)
 
 
 def test_from_the_plan_to_targets_in_models(fuse_tab, studio):  # noqa: F811
     page = fuse_tab
-    expect(page.locator("#fuse-stages tbody tr")).to_have_count(9)
+    expect(page.locator("#fuse-stages tbody tr")).to_have_count(12)
     small(page, "fused-here", 2)
     page.locator("#fuse-recipe-box").get_by_text("Recipe and command line").click()
     expect(page.locator("#fuse-recipe")).to_contain_text("max_steps: 2")
@@ -50,7 +50,7 @@ def test_from_the_plan_to_targets_in_models(fuse_tab, studio):  # noqa: F811
     page.reload()
     open_tab(page, "Fuse")
     expect(page.locator("#fuse-status")).to_contain_text("in the menus of Models", timeout=8 * PATIENCE_MS)
-    expect(page.locator("#fuse-curves svg polyline")).to_have_count(6)
+    expect(page.locator("#fuse-curves svg polyline")).to_have_count(9)
     expect(page.locator("#fuse-stages")).to_contain_text("Everything is done")
     merged, pivot = Checkpoint(studio.outputs / "fused-here" / "merged"), Checkpoint(studio.entry("demo/pivot").folder)
     assert merged.parameters == pivot.parameters

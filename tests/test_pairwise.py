@@ -125,9 +125,8 @@ def test_two_processes_give_the_same_targets(recipe, tmp_path):
         **vars(TRAINING), "batch": 2, "max_steps": 2}))
     file = tmp_path / "fuse.yaml"
     file.write_text(small.to_yaml())
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "fusion", "fuse", str(file),
-               "--out", str(tmp_path / "two")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "assets/accelerate/cpu-two-processes.yaml",
+               "-m", "fusion", "fuse", str(file), "--out", str(tmp_path / "two")]
     ran = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=200,
                          env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
     assert ran.returncode == 0, ran.stderr[-2000:]

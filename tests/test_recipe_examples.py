@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 
+from fusion.__main__ import main
 from fusion.merge import RECIPE_FILE
+from fusion.pairwise import FuseRecipe, run
 from fusion.progress import finish
 from fusion.recipe import Recipe, load_stages
 from fusion.stages import merge_stages
@@ -93,3 +98,32 @@ def test_the_dare_example_depends_on_its_seed(merged, tmp_path):
     assert recipe.seed == 7
     other = finish(merge_stages((recipe.with_(seed=8),), tmp_path / "other")).folder
     assert not torch.equal(load_tensors(other)[UP.format(1)], load_tensors(merged("demo-dare-ties"))[UP.format(1)])
+
+
+# ── fusion ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+def test_the_demo_can_be_fused_as_its_recipe_says(tmp_path, capsys):
+    text = (ROOT / "assets" / "recipes" / "fuse" / "demo.yaml").read_text()
+    commands = [line.removeprefix("#   python -m fusion ").split() for line in text.splitlines() if "python -m fusion" in line]
+    assert [command[0] for command in commands] == ["demo", "fuse"]
+    data, out = tmp_path / "dialogues.jsonl", tmp_path / "out"
+    commands[0][commands[0].index("--out") + 1], commands[0][-1] = str(data), "4"
+    assert main(commands[0]) == 0 and len(data.read_text().splitlines()) == 4
+    assert main(commands[0]) == 2 and "exists" in capsys.readouterr().err
+    small = FuseRecipe.from_yaml(text).with_(data=str(data))
+    small = small.with_(training=replace(small.training, max_steps=1, batch=2))
+    done = finish(run(small, out))
+    assert list(done.targets) == ["target-qwen", "target-neox", "target-gemma"] and (done.merged / "model.safetensors").is_file()
+
+
+def test_the_setting_of_7b_is_the_papers():
+    recipe = FuseRecipe.load(ROOT / "assets" / "recipes" / "fuse" / "7b.yaml")
+    training = recipe.training
+    assert (recipe.max_tokens, recipe.top_k, recipe.blend.rule, training.lm_weight, training.epochs) == (2048, 10, "mince", 0.9, 3)
+    for path in (ROOT / "assets" / "accelerate").glob("*.yaml"):
+        text = path.read_text()
+        config = yaml.safe_load(text)
+        assert f"--config_file assets/accelerate/{path.name}" in text
+        assert (ROOT / re.search(r"-m fusion fuse (\S+)", text)[1]).is_file()
+        if config["num_processes"] == 8:
+            assert 8 * training.batch * training.accumulate == 128 and config["mixed_precision"] == "bf16" and training.bf16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 import gradio as gr
 
@@ -81,7 +82,7 @@ def _row(stage: Stage, price: Cost | None, i: int, running: str) -> str:
     seconds = price.seconds[i] if price and i < len(price.seconds) and not stage.done else 0
     about = time_text(max(seconds, 1)) if seconds else "–"
     light = f"<span class='fs-state fs-{level}'><span class='fs-light'></span>{word}</span>" if level else f"<small>{word}</small>"
-    return f"<tr><td>{stage.name}</td><td>{escape(stage.subject)}</td><td>{about}</td><td>{light}</td></tr>"
+    return f"<tr><td>{stage.name}</td><td>{escape(Path(stage.subject).name)}</td><td>{about}</td><td>{light}</td></tr>"
 
 
 def _numbers(stages: Sequence[Stage], price: Cost | None) -> str:

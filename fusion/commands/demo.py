@@ -1,8 +1,9 @@
-"""demo: train, check or compare the embedded demo family."""
+"""demo: train, check or compare the embedded demo family, and write dialogues like its own."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fusion.commands.console import print_json, show_progress
 from fusion.errors import RecipeError
@@ -15,12 +16,17 @@ def add(command) -> None:
 
 
 def _actions(demo: argparse.ArgumentParser) -> None:
-    actions = demo.add_subparsers(required=True, metavar="train | check | table")
+    actions = demo.add_subparsers(required=True, metavar="train | dialogues | check | table")
     train = actions.add_parser("train", help="make the family from generated dialogues (about an hour on two cores)")
     train.set_defaults(run=_demo_train)
     train.add_argument("--out", metavar="DIR", required=True, help="the folder to fill; its models must not exist yet")
     train.add_argument("--only", metavar="MODEL", action="append", default=[], help="train only this model; repeatable")
     train.add_argument("--seed", type=int, default=0)
+    talk = actions.add_parser("dialogues", help="write training dialogues of all domains, for a fusion run of your own")
+    talk.set_defaults(run=_demo_dialogues)
+    talk.add_argument("--out", metavar="FILE.jsonl", required=True, help="a new file")
+    talk.add_argument("--count", type=int, default=2000, metavar="N", help="how many (default 2000)")
+    talk.add_argument("--seed", type=int, default=0)
     check = actions.add_parser("check", help="measure every model's accuracy per domain on held-out prompts")
     check.set_defaults(run=_demo_check)
     check.add_argument("--folder", metavar="DIR", help="the family's folder (default: the shipped one)")
@@ -37,7 +43,7 @@ def _actions(demo: argparse.ArgumentParser) -> None:
 
 
 def _demo_help(options: argparse.Namespace) -> None:
-    raise RecipeError("say what to do", where="demo", todo="Write demo train, demo check or demo table.")
+    raise RecipeError("say what to do", where="demo", todo="Write demo train, demo dialogues, demo check or demo table.")
 
 
 def _demo_train(options: argparse.Namespace) -> None:
@@ -45,6 +51,13 @@ def _demo_train(options: argparse.Namespace) -> None:
 
     finish(demo.train(options.out, only=options.only, seed=options.seed), show_progress(False))
     print(f"trained into {options.out}")
+
+
+def _demo_dialogues(options: argparse.Namespace) -> None:
+    from fusion import demo
+
+    demo.write_dialogues(Path(options.out), options.count, options.seed)
+    print(f"wrote {options.count} dialogues to {options.out}")
 
 
 def _demo_check(options: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """The demo family: tiny chat models with different strengths, trained on dialogues that this package generates.
 
-    finish(train(Path("assets/demo")), print)          # under an hour on two cores
+    finish(train(Path("assets/demo")), print)          # about an hour on two cores
     results = finish(check(Path("assets/demo")))       # {model: {domain: percent}}
     print(table(results), bars(results))               # bars: what the family misses, [] when all is well
 """
@@ -14,8 +14,8 @@ from fusion.demo.family import FAMILY, Member
 
 FOLDER = Path(__file__).parents[2] / "assets" / "demo"  # where the shipped family lies
 
-__all__ = ["FAMILY", "FOLDER", "Member", "bars", "check", "compare", "examples", "table", "train"]
-_HOMES = {"train": "training", "compare": "comparison",
+__all__ = ["FAMILY", "FOLDER", "Member", "bars", "check", "compare", "examples", "table", "train", "write_dialogues"]
+_HOMES = {"train": "training", "compare": "comparison", "write_dialogues": "fusing",
           "check": "checking", "table": "checking", "bars": "checking", "examples": "samples"}
 
 

@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from fusion.demo.dialogues import conversation
+from fusion.demo.dialogues import Mixture, conversation
 from fusion.demo.family import FUSION, Fusion, members
-from fusion.errors import CheckpointError
+from fusion.errors import CheckpointError, OutputError, RecipeError
 from fusion.pairwise import FuseRecipe, plan, run
 from fusion.progress import Progress, Work
+from fusion.shards import disk_error
 from fusion.train import Training
 
 ARMS = ("pairwise", "multi", "sft")
@@ -33,7 +34,7 @@ def fuse_seed(family: Path, out: Path, seed: int, arms: Sequence[str] = ARMS, fu
     out.mkdir(parents=True, exist_ok=True)
     data = out / f"dialogues-{fusion.dialogues}.jsonl"
     if not data.exists():
-        write_dialogues(data, fusion, seed)
+        write_dialogues(data, fusion.dialogues, seed, fusion.mixture)
     targets: dict[str, Path] = {}
     for number, mode in enumerate(arms):
         recipe = fuse_recipe(family, data, seed, mode, fusion)
@@ -43,11 +44,24 @@ def fuse_seed(family: Path, out: Path, seed: int, arms: Sequence[str] = ARMS, fu
     return targets
 
 
-def write_dialogues(file: Path, fusion: Fusion, seed: int) -> None:
-    """Write the training dialogues of a seed: all domains, all kinds, all facts; nothing that is held out."""
+def write_dialogues(file: Path, count: int, seed: int, mixture: Mixture = FUSION.mixture) -> None:
+    """Write training dialogues into a new JSONL file: all domains, all kinds, all facts; nothing that is held out.
+
+    OutputError when the file is there already or cannot be written; RecipeError for a count below 1.
+    """
+    if count < 1:
+        raise RecipeError(f"{count} dialogues were asked for", where="demo dialogues", todo="Ask for at least one.")
+    if file.exists():
+        raise OutputError("this file exists", where=str(file), todo="Choose another name; nothing is overwritten.")
     rng = Random(f"fusing {seed}")
-    lines = [json.dumps({"messages": conversation(fusion.mixture, rng)}) for _ in range(fusion.dialogues)]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [json.dumps({"messages": conversation(mixture, rng)}) for _ in range(count)]
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.rename(file)
+    except OSError as error:
+        raise disk_error(error, file) from error
 
 
 def fuse_recipe(family: Path, data: Path, seed: int, mode: str = "pairwise", fusion: Fusion = FUSION) -> FuseRecipe:
