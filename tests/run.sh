@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what the tests need, Chromium included, and run them; further words go to pytest.
+# Install what the tests need, Chromium included, and run them in two processes; further words go to pytest.
 # Without an active virtual environment one is made in .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,4 +23,4 @@ if ! has_browser >/dev/null; then
 fi
 
 "$python" -m ruff check .
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n 2 --dist loadfile "$@"

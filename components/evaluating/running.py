@@ -27,7 +27,8 @@ def bind_menus(studio: Studio, page: gr.Blocks, selection: gr.State, tab: Evalua
 
     def follow(now: Selection, was: Selection, picked: list[str], reference: str | None) -> list:
         keys = _followed(studio, now, was, tuple(picked or ()))
-        return [now, gr.Dropdown(asking.choices(studio, now), value=list(keys)), _reference(studio, now, keys, reference)]
+        menu = _menu(asking.choices(studio, now), list(keys), picked)
+        return [now, menu, _reference(studio, now, keys, reference)]
 
     def pick(now: Selection, picked: list[str], reference: str | None) -> gr.Dropdown:
         return _reference(studio, now, tuple(picked or ()), reference)
@@ -52,7 +53,12 @@ def _followed(studio: Studio, now: Selection, was: Selection, picked: tuple[str,
 
 def _reference(studio: Studio, now: Selection, picked: tuple[str, ...], reference: str | None) -> gr.Dropdown:
     kept = reference if reference in (*picked, asking.NONE) else asking.usual_reference(now, picked)
-    return gr.Dropdown(asking.references(studio, now, picked), value=kept)
+    return _menu(asking.references(studio, now, picked), kept, reference)
+
+
+def _menu(choices: list[tuple[str, str]], wanted: object, shown: object) -> gr.Dropdown:
+    """A menu's new choices; its value only where it changes, so that a slow answer takes nothing back that was picked meanwhile."""
+    return gr.Dropdown(choices) if wanted == shown else gr.Dropdown(choices, value=wanted)
 
 
 def bind_running(studio: Studio, page: gr.Blocks, selection: gr.State, job: gr.BrowserState, tab: EvaluateTab) -> None:
