@@ -146,4 +146,5 @@ def aims(averages: Mapping[str, float], sources: Sequence[str]) -> dict[str, boo
     return {f"VARM ({varm:.1f}) is above every source (best {source:.1f})": varm > source,
             f"VARM ({varm:.1f}) is above the pivot with SFT alone ({averages[SFT]:.1f})": varm > averages[SFT],
             f"VARM ({varm:.1f}) is not below the best target ({best:.1f})": varm >= best,
-            f"pairwise targets (mean {pairwise:.1f}) are above Multi ({averages[MULTI]:.1f})": pairwise > averages[MULTI]}
+            f"VARM of pairwise targets ({varm:.1f}) is above Multi ({averages[MULTI]:.1f})": varm > averages[MULTI],
+            f"single pairwise targets (mean {pairwise:.1f}) are above Multi ({averages[MULTI]:.1f})": pairwise > averages[MULTI]}
