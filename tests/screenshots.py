@@ -27,6 +27,8 @@ def main() -> None:
         view = browser.new_page(viewport={"width": 1280, "height": 900}, device_scale_factor=1.5)
         view.goto(f"{url}?__theme=light")
         picture_main_job(view)
+        picture_alignment(view)
+        picture_evaluation(view)
         page.close()
 
 
@@ -69,6 +71,26 @@ def picture_form(view: Page) -> None:
     view.mouse.move(5, 5)
     view.wait_for_timeout(500)
     view.screenshot(path=FOLDER / "merge.png")
+
+
+def picture_alignment(view: Page) -> None:
+    """One reply as the pivot and a source read it."""
+    open_tab(view, "Fuse")
+    expect(view.locator("#alignment .al-card")).to_be_visible(timeout=WAIT_MS)
+    view.wait_for_timeout(500)
+    view.locator("#alignment-box").screenshot(path=FOLDER / "fuse.png")
+
+
+def picture_evaluation(view: Page) -> None:
+    """The pivot and the targets in eight domains."""
+    open_tab(view, "Evaluate")
+    view.locator("#evaluate-prompts input[type=number]").fill("50")
+    view.keyboard.press("Tab")
+    view.locator("#evaluate-run").click()
+    expect(view.locator("#evaluate-table tbody tr").first).to_be_visible(timeout=5 * WAIT_MS)
+    view.wait_for_timeout(2000)
+    view.evaluate("window.scrollTo(0, 0)")
+    view.screenshot(path=FOLDER / "evaluate.png", full_page=True)
 
 
 if __name__ == "__main__":
