@@ -58,7 +58,8 @@ class Blocks:
         self.sources = [Row(name, *pair) for pair in zip(models, digests or [None] * len(models), strict=True)]
         self.numel = models[0].info[name].numel
         self.codes = np.array([source.code for source in self.sources], np.int64)
-        size, item = min(BLOCK, max(self.numel, 1)), max(source.item for source in self.sources)
+        self._block = compiled.block()
+        size, item = min(self._block, max(self.numel, 1)), max(source.item for source in self.sources)
         self.rows = np.empty((len(models), -(-size * item // 8) * 8 + SPACE), np.uint8)
         spans = [model.span(name) for model in models]
         self._files = None if None in spans else np.array(
@@ -67,12 +68,12 @@ class Blocks:
         self._hashes = np.empty((len(models), chunks, 2), np.uint64)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, self.numel, BLOCK):
+        for start in range(0, self.numel, self._block):
             yield start, self.fill(start)
 
     def fill(self, start: int) -> int:
         """Read the block that begins at `start` into `rows`; returns how many numbers it has."""
-        stop, streams = min(start + BLOCK, self.numel), compiled.streaming()
+        stop, streams = min(start + self._block, self.numel), compiled.streaming()
         if streams is not None and self._files is not None \
                 and streams.fill(self._files, self.codes, start, stop - start, self.rows, KEYS, self._hashes, 0):
             self._take(start, stop - start)

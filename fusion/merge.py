@@ -113,9 +113,12 @@ def merge(recipe: Recipe, out: str | os.PathLike, *, variation: Variation | None
         plan.close()
 
 
-def compute(plan: MergePlan, sink: Sink, variation: Variation | None = None) -> Work[Computed]:
-    """Merge every tensor of a plan into `sink`; yields Progress, returns what is known then. Any sink gets the same bytes."""
-    compiled.prepare(plan.report.bytes_read)
+def compute(plan: MergePlan, sink: Sink, variation: Variation | None = None, device: str = "cpu") -> Work[Computed]:
+    """Merge every tensor of a plan into `sink`; yields Progress, returns what is known then. Any sink gets the same bytes.
+
+    `device`: see `compiled.prepare`; on a GPU the result is the same to float32 rounding.
+    """
+    compiled.prepare(plan.report.bytes_read, device)
     if plan.pools_tensors and variation is None:
         variation = yield from measure(plan.pivot, plan.targets, allow_nonfinite=plan.recipe.allow_nonfinite)
     ratios = plan.ratios(variation) if plan.measured and variation is not None else None

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,13 @@ from hypothesis import strategies as st
 from fusion import compiled, dtypes
 from fusion.compiled import twins
 from fusion.errors import ResourceError
+from fusion.merge import compute, merge
 from fusion.methods.weighted import weighted
+from fusion.progress import finish
+from fusion.recipe import Recipe
+from tests.conftest import load_tensors, save_checkpoint
 
+UP = "model.layers.0.mlp.up_proj.weight"
 ROOT = Path(__file__).parent.parent
 RANDOM = np.random.default_rng(5)
 SIZES = st.sampled_from([1, 2, 7, 127, 128, 129, 2047, 2048, 2049, 5000])
@@ -211,6 +217,90 @@ def test_every_loop_has_its_twin(kernels):
               and not name.startswith("_")}
     assert public >= {"decode", "encode", "all_finite", "sum_changes", "weigh", "hash_words"}
     assert all(hasattr(kernels, name) for name in public)
+
+
+# ── on a device ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture(scope="module")
+def device():
+    """The loops that a GPU runs, on what torch has here."""
+    import torch
+
+    from fusion.compiled.device import DeviceLoops
+
+    return DeviceLoops("cuda" if torch.cuda.is_available() else "cpu", lambda: twins)
+
+
+@settings(max_examples=40)
+@given(n=SIZES, codes=st.lists(CODES, min_size=2, max_size=5), code=CODES, seed=st.integers(0, 999), sick=st.booleans())
+def test_a_device_averages_and_measures_the_same(device, n, codes, code, seed, sick):
+    random = np.random.default_rng(seed)
+    weights = random.dirichlet(np.ones(len(codes))) * (random.random(len(codes)) < .8)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = np.stack([stored(numbers(n, seed + m, sick), its) for m, its in enumerate(codes)])
+        found = []
+        for loops in (device, twins):
+            out, sums = np.zeros(8 * n, np.uint8), np.zeros((len(codes), 3))
+            finite = loops.weigh(rows, np.array(codes), n, weights, code, out)
+            loops.sum_changes(rows, np.array(codes), n, sums)
+            values = np.empty(n, np.float32)
+            twins.decode(out, code, n, values)
+            found.append((finite, [loops.all_finite(row, its, n) for row, its in zip(rows, codes, strict=True)], values, sums))
+    (finite, sound, values, sums), (other_finite, other_sound, other_values, other_sums) = found
+    assert (finite, sound) == (other_finite, other_sound)
+    np.testing.assert_array_equal(values, other_values)
+    np.testing.assert_allclose(sums, other_sums, rtol=1e-13)
+
+
+@settings(max_examples=40)
+@given(n=SIZES, codes=st.lists(CODES, min_size=2, max_size=5), seed=st.integers(0, 999), vote_first=st.booleans(),
+       scale=st.sampled_from([1.0, 0.3]), kind=st.integers(0, 2), divided=st.booleans())
+def test_a_device_elects_counts_and_drops_the_same(device, n, codes, seed, vote_first, scale, kind, divided):
+    random, j = np.random.default_rng(seed), len(codes) - 1
+    rows = np.stack([stored(numbers(n, seed + m), its) for m, its in enumerate(codes)])
+    factors = random.normal(size=j).astype(np.float32)
+    table = np.arange(1, 1 + 2 ** j, dtype=np.float32) if divided else np.empty(0, np.float32)
+    drop = ((0, 0, 0, 0, 0), (1, 0x3F000000, 2, 0x41000000, 1), (2, 5, 6, 1 << 31, 0))[kind]
+    found = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        for loops in (device, twins):
+            merged, sizes, squares = np.zeros(n, np.float32), np.zeros((j, 2)), np.zeros(j)
+            drops = np.array([drop] * j, np.int64)
+            loops.elect(rows, np.array(codes), n, drops, factors, vote_first, table, scale, merged)
+            loops.sizes(rows, np.array(codes), n, np.array([drop] * j, np.int64), sizes)
+            loops.squares(rows, np.array(codes), n, squares)
+            counts = np.zeros((2, 1 << 16), np.int64)
+            loops.count_changes(rows, np.array(codes), n, np.array([0, j - 1]), np.array([-1, 0x3F80]), counts)
+            found.append((merged, drops, counts, sizes, squares))
+    for mine, theirs in zip(*(its[:3] for its in found), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    for mine, theirs in zip(*(its[3:] for its in found), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-13)
+
+
+@pytest.mark.parametrize("method", ["varm", "linear", "ties", "dare_ties", "sce", "slerp", "breadcrumbs_ties"])
+def test_a_merge_on_a_device_is_the_same_to_float32_rounding(device, method, tmp_path, monkeypatch):
+    random = np.random.default_rng(3)
+    pivot = random.normal(size=(700, 300)).astype(np.float32)
+    count = 2 if method == "slerp" else 3
+    models = [save_checkpoint(tmp_path / name, {UP: pivot + (j > 0) * random.normal(size=pivot.shape).astype(np.float32) / 10})
+              for j, name in enumerate("pabc"[:count + 1])]
+    here = finish(merge(Recipe(str(models[0]), tuple(map(str, models[1:])), method=method), tmp_path / "here"))
+    monkeypatch.setattr(compiled, "_device", device)
+    monkeypatch.setattr(compiled, "DEVICE_BLOCKS", 2)  # several blocks a tensor
+    keep = partial(compute, device=None)
+    there = finish(merge(Recipe(str(models[0]), tuple(map(str, models[1:])), method=method), tmp_path / "there", engine=keep))
+    mine, theirs = (load_tensors(result.folder)[UP].numpy() for result in (here, there))
+    np.testing.assert_allclose(mine, theirs, rtol=3e-7, atol=1e-9)
+    assert not np.array_equal(mine, pivot)
+
+
+def test_a_device_that_is_not_there_is_refused_before_work():
+    with pytest.raises(ResourceError, match="no device 'warp'"):
+        compiled.prepare(0, "warp")
+    compiled.prepare(0, "auto")
+    compiled.prepare(0, "cpu")
+    assert compiled.loops() in (twins, compiled._kernels) and compiled.block() == twins.BLOCK
 
 
 # ── what the numbers are ─────────────────────────────────────────────────────────────────────────────────────────────

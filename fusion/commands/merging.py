@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 from fusion.commands.console import print_json, show_progress, weighing
 from fusion.commands.inspecting import review_text
 from fusion.commands.mergekit import stages_of
 from fusion.errors import RecipeError, nearest
-from fusion.merge import MergeResult
+from fusion.merge import MergeResult, compute
 from fusion.methods import METHODS
 from fusion.progress import Work, finish
 from fusion.recipe import Curve, Override, Recipe
@@ -48,6 +49,8 @@ def add(command) -> None:
     run.add_argument("--donor", metavar="NAME", help="gives tokenizer, chat template, generation config (default: pivot)")
     run.add_argument("--max-shard-gb", metavar="GB", type=float, default=5.0, help="largest shard (default 5)")
     run.add_argument("--engine", metavar="E", default="local", help=f"{', '.join(ENGINES)} (default local)")
+    run.add_argument("--device", metavar="D", default="cpu", help="cpu, cuda, or auto: a GPU where there is one (default cpu, "
+                     "whose results are the same to the byte on every machine; a GPU's are the same to float32 rounding)")
     run.add_argument("--ray-address", metavar="A", help="of the Ray cluster: auto or HOST:PORT (default: one is started)")
     run.add_argument("--review", action="store_true", help="then look at the result: distances, rounding, tokenizer, five prompts")
     run.add_argument("--resume", action="store_true", help="go on with a merge into this folder that was killed")
@@ -59,7 +62,9 @@ def _merge(options: argparse.Namespace) -> None:
         raise RecipeError(f"unknown engine {options.engine!r}", where="--engine", todo=nearest(options.engine, ENGINES))
     if not 0.001 <= options.max_shard_gb <= 1000:
         raise RecipeError(f"{options.max_shard_gb} GB is no sensible shard size", where="--max-shard-gb")
-    where = {"address": options.ray_address} if options.engine == "ray" else {}
+    if options.device != "cpu" and options.engine != "local":
+        raise RecipeError(f"engine {options.engine} computes on processors", where="--device", todo="Use --engine local.")
+    where = {"address": options.ray_address} if options.engine == "ray" else {"engine": partial(compute, device=options.device)}
     work = ENGINES[options.engine](stages, options.out, max_shard_bytes=int(options.max_shard_gb * 1e9), resume=options.resume,
                                    **where)
     result = finish(work, show_progress(options.json))

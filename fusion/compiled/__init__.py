@@ -1,7 +1,7 @@
-"""The inner loops, twice: compiled by numba (`kernels`) and in plain numpy (`twins`). Both give the same bytes.
+"""The inner loops: compiled by numba (`kernels`), in plain numpy (`twins`) with the same bytes, or on a GPU (`device`).
 
     compiled.prepare(nbytes)                # at the start of a piece of work that will handle so many bytes
-    compiled.loops().hash_words(…)          # per block: whichever of the two is ready
+    compiled.loops().hash_words(…)          # per block of `compiled.block()` numbers: whichever of them is ready
 
 numba is optional. It is imported, and its machine code loaded from the cache on disk, only when the work is large enough to
 pay for that. Where there is no cache yet it is compiled in a thread of its own while numpy works. FUSECHAT_COMPILED=0 keeps to
@@ -15,10 +15,15 @@ import logging
 import os
 import threading
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from fusion.compiled import twins
 from fusion.errors import ResourceError
 
+if TYPE_CHECKING:
+    from fusion.compiled.device import DeviceLoops
+
+DEVICE_BLOCKS = 64  # blocks handed to a device at once: a transfer of some megabytes takes longer than to begin it
 PAYS_BYTES = 400_000_000  # measured: 0.4 s to load, 1 s of processor time saved for each GB read
 PATIENCE_S = 2.5  # loading from the cache takes less; beside it numpy would get little done and slow it down
 _lock = threading.Lock()
@@ -26,25 +31,48 @@ _thread: threading.Thread | None = None
 _kernels: ModuleType | None = None
 _streams: ModuleType | None = None
 _refused = False
+_device: DeviceLoops | None = None
 
 
-def loops() -> ModuleType:
-    """The module whose loops to call now: `kernels` once they are ready, else `twins`."""
-    return twins if _kernels is None or _refused else _kernels
+def loops() -> ModuleType | DeviceLoops:
+    """Whose loops to call now: the device's, `kernels` once they are ready, else `twins`."""
+    return _on_processor() if _device is None else _device
 
 
 def streaming() -> ModuleType | None:
-    """The module that reads and handles many blocks at once, None where `loops` are the twins."""
-    return None if _kernels is None or _refused else _streams
+    """The module that reads and handles many blocks at once, None where `loops` are not the kernels."""
+    return None if _device is not None or _kernels is None or _refused else _streams
 
 
-def prepare(nbytes: int) -> None:
+def block() -> int:
+    """How many numbers of a model to hand to `loops` at once."""
+    return twins.BLOCK if _device is None else DEVICE_BLOCKS * twins.BLOCK
+
+
+def prepare(nbytes: int, device: str | None = None) -> None:
     """Load the compiled loops if handling `nbytes` pays for it; returns when they are ready or must first be compiled.
 
-    With FUSECHAT_COMPILED=1 it waits for that too.
+    With FUSECHAT_COMPILED=1 it waits for that too. `device`: "cpu", "auto" (a GPU where there is one), or one that torch
+    knows; it holds for all work of this process until another one is given.
 
-    ResourceError when FUSECHAT_COMPILED=1 and they cannot be had.
+    ResourceError when FUSECHAT_COMPILED=1 and they cannot be had, or when there is no such device.
     """
+    global _device
+    _prepare_kernels(nbytes)
+    if device == "cpu":
+        _device = None
+    elif device is not None:
+        from fusion.compiled.device import DeviceLoops, pick
+
+        place = pick(device)
+        _device = None if place == "cpu" else DeviceLoops(place, _on_processor)
+
+
+def _on_processor() -> ModuleType:
+    return twins if _kernels is None or _refused else _kernels
+
+
+def _prepare_kernels(nbytes: int) -> None:
     global _thread, _refused
     wish = os.environ.get("FUSECHAT_COMPILED", "")
     _refused = wish == "0"
