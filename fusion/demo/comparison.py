@@ -64,7 +64,7 @@ def compare(family: Path, work: Path, seeds: int = 3, prompts_per_domain: int = 
         raise disk_error(error, work) from error
     jobs = {f"seed {seed}": (measure_seed, (family, work, seed, prompts_per_domain, fusion)) for seed in range(seeds)}
     found = yield from together({"sources": (measure_sources, (family, work, prompts_per_domain)), **jobs}, "Comparing")
-    return tables_of(found.pop("sources"), list(found.values()), questions(prompts_per_domain))
+    return tables_of(found["sources"], [found[f"seed {seed}"] for seed in range(seeds)], questions(prompts_per_domain))
 
 
 def measure_sources(family: Path, work: Path, prompts: int) -> Work[dict[str, list]]:

@@ -120,7 +120,7 @@ class Fusion:
 
     mixture: Mixture
     dialogues: int = 5000
-    epochs: float = 2.0
+    epochs: float = 4.0
     batch: int = 16
     lm_weight: float = 0.9
     learning_rate: float = 1e-3
