@@ -24,9 +24,9 @@ def model_card(plan: MergePlan, recipe: Recipe, variation: Variation | None, wei
     """
     method, count = plan.method, len(recipe.targets)
     return "\n".join([
-        _front_matter(plan), f"# {method.title} merge of {' and '.join(map(_text, recipe.names))}", "",
+        _front_matter(plan), f"# {method.title} merge of {' and '.join(map(as_text, recipe.names))}", "",
         f"{method.title} ({_how(recipe, method.weights)}) of {count} target{'s' * (count != 1)} with the pivot "
-        f"{_text(plan.pivot.name)}. {method.summary} Made with FuseChat Studio {VERSION}.", "",
+        f"{as_text(plan.pivot.name)}. {method.summary} Made with FuseChat Studio {VERSION}.", "",
         f"    {method.formula}", "", f"Source: {method.source}.", "",
         "## Models", "", *_models(plan, recipe, variation), "", *_settings(recipe), *_slices(recipe),
         *_weights(plan, weights), *_again(recipe, variation),
@@ -43,7 +43,8 @@ def _front_matter(plan: MergePlan) -> str:
            "base_model_relation: merge\ntags:\n- merge\n- fusechat\n---\n"
 
 
-def _text(name: object) -> str:
+def as_text(name: object) -> str:
+    """A name from elsewhere as Markdown that shows it and does nothing else."""
     readable = " ".join(printable(str(name).encode(errors="replace").decode()).split())  # a folder's name may be no valid text
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>()#+!|&" else c for c in readable)
 
@@ -62,15 +63,15 @@ def _models(plan: MergePlan, recipe: Recipe, variation: Variation | None) -> lis
         total = totals.get(label)
         change = f"| {total['relative']:.2%} | {total['changed']:.1%} " if total else "| | " if totals else ""
         role = "pivot" if label == "pivot" else "target"
-        rows.append(f"| {_text(name)} | {role} {change}| `{recipe.revisions[label][:16]}` |")
-    return [*rows, "", f"Tokenizer, chat template and generation config come from the donor: {_text(plan.donor.name)}."]
+        rows.append(f"| {as_text(name)} | {role} {change}| `{recipe.revisions[label][:16]}` |")
+    return [*rows, "", f"Tokenizer, chat template and generation config come from the donor: {as_text(plan.donor.name)}."]
 
 
 def _settings(recipe: Recipe) -> list[str]:
     options = recipe.explicit().options
     if not options and not recipe.vocabulary:
         return []
-    rows = [f"- {_text(name)}: {_text(json.dumps(plain(value), ensure_ascii=False))}" for name, value in options.items()]
+    rows = [f"- {as_text(name)}: {as_text(json.dumps(plain(value), ensure_ascii=False))}" for name, value in options.items()]
     rows += [f"- vocabulary: {recipe.vocabulary}"] if recipe.vocabulary else []
     return ["## Options", "", *rows, f"- seed: {recipe.seed}", ""]
 
@@ -81,7 +82,7 @@ def _slices(recipe: Recipe) -> list[str]:
     rows, first = ["| layers of the result | come from |", "|---|---|"], 0
     for part in recipe.slices:
         start, stop = next(iter(part.ranges.values()))
-        origin = ", ".join(f"{_text(name)} {start} to {stop - 1}" for name, (start, stop) in part.ranges.items())
+        origin = ", ".join(f"{as_text(name)} {start} to {stop - 1}" for name, (start, stop) in part.ranges.items())
         rows.append(f"| {first} to {first + stop - start - 1} | {origin} |")
         first += stop - start
     return ["## Layers", "", *rows, ""]
@@ -94,7 +95,7 @@ def _weights(plan: MergePlan, weights: np.ndarray) -> list[str]:
     names = plan.weights.names
     numel = np.array([max(plan.pivot.info[name].numel, 1) for name in names])
     kinds = np.array([place(name).kind for name in names])
-    rows = ["| part | " + " | ".join(map(_text, plan.recipe.names)) + " |", "|---" * (weights.shape[1] + 1) + "|"]
+    rows = ["| part | " + " | ".join(map(as_text, plan.recipe.names)) + " |", "|---" * (weights.shape[1] + 1) + "|"]
     for kind in _KINDS:
         inside = kinds == kind
         if inside.any():

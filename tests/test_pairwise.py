@@ -61,6 +61,23 @@ def test_every_stage_leaves_its_result(done, recipe):
     assert [reason["count"] for reason in result.report["reasons"]] == [1]
 
 
+def test_cards_tell_what_was_made_from_what(done, recipe):
+    out, result, _ = done
+    card = (out / "README.md").read_text()
+    assert "| used | 20 |" in card and "`merged/` is their merge" in card and str(out.parent) not in card
+    for target, source in (("target-qwen", "source-qwen"), ("target-neox", "source-neox")):
+        statistics, own = result.statistics[target], (result.targets[target] / "README.md").read_text()
+        row = f"| {target} | {source} | {statistics['labels']:,} | {statistics['aligned'][source]:.1%} |"
+        assert row in card and row in own and f"{statistics['chosen'][source]:.1%} |" in own
+        history = json.loads((result.targets[target] / "training_history.json").read_text())
+        assert f"| {target} | {history[-1]['step']} | {history[0]['loss']:.3f} → {history[-1]['loss']:.3f} |" in card
+        assert own.startswith("---\nlibrary_name: transformers") and f"fusion with {source} on" in own
+    mine = result.targets["target-qwen"] / "README.md"
+    mine.write_text("my own words")
+    finish(run(recipe, out))
+    assert mine.read_text() == "my own words"
+
+
 def test_alignment_statistics_add_up(done):
     for statistics in done[1].statistics.values():
         assert sum(statistics["chosen"].values()) == pytest.approx(1)

@@ -2,14 +2,14 @@
 training, merge.
 
 A run that was stopped, killed or extended by one more source does only what is not yet done. Everything lies in one folder:
-`work/` holds what can be made again, `targets/` and `merged/` are the results.
+`work/` holds what can be made again, `targets/` and `merged/` are the results, `README.md` tells of data, alignment and losses.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,12 +22,15 @@ from fusion.distill.store import PLAN_FILE, Store, write_whole
 from fusion.distill.teacher import LocalTeacher, Teacher, prepare, represent, stored_as_read
 from fusion.errors import FusionError, MismatchError
 from fusion.merge import merge
+from fusion.pairwise.cards import run_card, target_card
 from fusion.pairwise.place import Place, claim
 from fusion.pairwise.recipe import FuseRecipe
 from fusion.progress import Progress, Work
 from fusion.sources import open_checkpoint
 from fusion.train import Estimate, estimate
+from fusion.train.history import history
 
+CARD_FILE = "README.md"
 _TITLES = {"data": "Reading dialogues", "distributions": "Distributions of {}", "fused targets": "Fusing for {}",
            "training": "Training {}", "merge": "Merging the targets"}
 
@@ -103,7 +106,8 @@ def run(recipe: FuseRecipe, out: str | os.PathLike) -> Work[FuseResult]:
     statistics, targets = {}, {}
     names = [name for name, _ in recipe.teachers[1:]]
     groups = [[name] for name in names] if recipe.mode == "pairwise" else [names]
-    for target, group in zip(recipe.target_names, groups, strict=True):
+    heard = dict(zip(recipe.target_names, groups, strict=True))
+    for target, group in heard.items():
         fused = yield from _fused(target, [knowers["pivot"], *(knowers[name] for name in group)], recipe, place, dialogues, crew)
         statistics[target] = json.loads((place.fused(target) / STATISTICS_FILE).read_text(encoding="utf-8"))
         targets[target] = yield from _trained(target, fused, recipe, place)
@@ -111,6 +115,8 @@ def run(recipe: FuseRecipe, out: str | os.PathLike) -> Work[FuseResult]:
     if recipe.mode == "pairwise" and crew.first and not place.merged.is_dir():
         paths = tuple(str(folder) for folder in targets.values())
         yield from _labelled(merge(recipe.merge_recipe(recipe.pivot, paths), place.merged), Stage("merge", "").title)
+    if crew.first:
+        _write_cards(recipe, place, heard, report, statistics)
     crew.wait()
     return FuseResult(targets, place.merged if recipe.mode == "pairwise" else None, report, statistics)
 
@@ -261,6 +267,18 @@ def _trained(target: str, fused: FusedData, recipe: FuseRecipe, place: Place) ->
     work = train(checkpoint.folder, fused, folder, training, resume=True)
     result = yield from _labelled(work, Stage("training", target).title)
     return result.folder
+
+
+def _write_cards(recipe: FuseRecipe, place: Place, heard: Mapping[str, Sequence[str]], report: Mapping,
+                 statistics: Mapping[str, Mapping]) -> None:
+    """Write the run's card anew, and a card into every target that has none."""
+    curves = {target: history(place.target(target)) for target in heard}
+    for target, sources in heard.items():
+        file = place.target(target) / CARD_FILE
+        if not file.exists():
+            write_whole(file, target_card(recipe, target, sources, statistics[target], curves[target]).encode())
+    card = run_card(recipe, report, statistics, curves, recipe.mode == "pairwise")
+    write_whole(place.out / CARD_FILE, card.encode())
 
 
 def _complete(folder: Path) -> bool:
