@@ -33,14 +33,21 @@ def chromium() -> Iterator[Browser]:
 
 
 def open_tab(page: Page, name: str) -> None:
-    """Choose a tab by its title; on narrow pages the later ones are in a menu."""
+    """Choose a tab by its title; on narrow pages the later ones are in a menu. A page that just came may not hear the first click."""
     page.get_by_role("tab").first.wait_for()
     tab = page.get_by_role("tab", name=name)
-    if tab.is_visible():
-        tab.click()
-    else:
-        page.locator(".overflow-menu > button").click()
-        page.locator(".overflow-dropdown").get_by_text(name).click()
+    for patience_ms in (3_000, WAIT_MS):
+        if tab.is_visible():
+            tab.click()
+        else:
+            page.locator(".overflow-menu > button").click()
+            page.locator(".overflow-dropdown").get_by_text(name).click()
+        try:
+            return expect(tab).to_have_attribute("aria-selected", "true", timeout=patience_ms)
+        except AssertionError:
+            if patience_ms == WAIT_MS:
+                raise
+    return None
 
 
 def two_targets(studio: Studio) -> Studio:

@@ -23,4 +23,5 @@ if ! has_browser >/dev/null; then
 fi
 
 "$python" -m ruff check .
-exec "$python" -m pytest -n 2 --dist loadfile "$@"
+# In two processes, of which one does everything that needs a browser: two at once would wait for each other.
+exec "$python" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

@@ -286,7 +286,7 @@ def test_a_person_looks_closer_saves_reads_the_report_and_compares(browser, tmp_
         page.get_by_role("gridcell", name="layer 1, up_proj: relative change").first.click()
         page.get_by_role("dialog").wait_for()
         page.keyboard.press("Escape")
-        expect(page.locator("#variation-flags")).to_contain_text("red flags")
+        expect(page.locator("#variation-flags")).to_contain_text("disagree in sign")
         expect(page.locator(".js-plotly-plot")).to_have_count(2, timeout=PATIENCE_MS)
         assert serious(page) == []
         open_tab(page, "Merge")
