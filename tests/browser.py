@@ -33,7 +33,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def open_tab(page: Page, name: str) -> None:
-    """Choose a tab by its title; on narrow pages the later ones are in a menu. A page that just came may not hear the first click."""
+    """Choose a tab by its title; on narrow pages the later ones are in a menu. A page that just came may miss the first click."""
     page.get_by_role("tab").first.wait_for()
     tab = page.get_by_role("tab", name=name)
     for patience_ms in (3_000, WAIT_MS):
