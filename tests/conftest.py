@@ -19,15 +19,6 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # no test reaches the network;
 settings.register_profile("house", max_examples=40, deadline=None)
 settings.load_profile("house")
 
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In several processes one does everything that needs the browser, from the start; other files stay whole."""
-    items.sort(key=lambda item: item.get_closest_marker("browser") is None)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("browser" if item.get_closest_marker("browser") else item.path.name))
-
-
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 2, "tie_word_embeddings": False}
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
