@@ -24,6 +24,7 @@ fi
 
 "$python" -m ruff check .
 # What needs a browser runs beside the rest: it waits half of its time. Its words come at the end.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # threads of two processes would wait for each other
 browser_log=$(mktemp)
 trap 'rm -f "$browser_log"' EXIT
 "$python" -m pytest -m browser "$@" >"$browser_log" 2>&1 &
