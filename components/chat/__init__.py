@@ -56,5 +56,5 @@ def _bind_asking(tab: ChatTab, do: Handlers, selection: gr.State, columns: list[
         gr.on([bot.edit for bot in tab.bots], do.edit, given, changed, **private),
     ]
     for event in events:  # a merge may have been made meanwhile: show the columns with the models they have now
-        event.then(do.refresh, [tab.conversation, selection, *tab.models], columns, show_progress="hidden",
-                   api_visibility="private")
+        event.then(do.settle, [tab.conversation, selection, *tab.models], [*columns, tab.retry, tab.undo, tab.clear],
+                   show_progress="hidden", api_visibility="private")

@@ -120,7 +120,7 @@ class Handlers:
         finally:
             self.running.end(session)
         talk = (*conversation, turn)
-        yield (self._columns(talk, selection, keys) | self._settled(talk)
+        yield (self._columns(talk, selection, keys) | self._settled(talk) | self._cutting(False)
                | {self.tab.prompt: gr.Textbox(submit_btn=True, stop_btn=False)})
 
     # ── the rest of the conversation ──────────────────────────────────────────────────────────────────────────────
@@ -157,6 +157,10 @@ class Handlers:
         """Show the conversation again with the models that stand in the columns now."""
         return self._columns(conversation, selection, keys)
 
+    def settle(self, conversation: Conversation, selection: Selection, *keys: str | None) -> Update:
+        """The same after an answer; only then may the conversation be cut, or this would show again what was taken away."""
+        return self._columns(conversation, selection, keys) | self._cutting(bool(conversation))
+
     def recount(self, count: int) -> Update:
         """Show two to four columns."""
         parts = [(box, gr.Column) for box in self.tab.boxes], [(code, gr.Code) for code in self.tab.rendered]
@@ -192,10 +196,12 @@ class Handlers:
         """Buttons, state and the file to export when nothing is running."""
         return self._locked(False) | {
             self.tab.conversation: conversation, self.tab.export: self._export(conversation),
-            self.tab.live: "All answers are complete." if conversation else "The conversation is empty.",
-            self.tab.retry: gr.Button(interactive=bool(conversation)),
-            self.tab.undo: gr.Button(interactive=bool(conversation)),
-            self.tab.clear: gr.Button(interactive=bool(conversation))}
+            self.tab.live: "All answers are complete." if conversation else "The conversation is empty."
+        } | self._cutting(bool(conversation))
+
+    def _cutting(self, allowed: bool) -> Update:
+        """The buttons that change what was said."""
+        return {part: gr.Button(interactive=allowed) for part in (self.tab.retry, self.tab.undo, self.tab.clear)}
 
     def _locked(self, busy: bool) -> Update:
         """While models answer only Stop can be pressed."""
