@@ -15,7 +15,7 @@ from components.studio import Studio
 # No background traffic: on a closed network it only makes noise.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
-WAIT_MS = 20_000  # for what a page comes to show; a busy machine is slow, not wrong
+WAIT_MS = 40_000  # for what a page comes to show; a busy machine is slow, not wrong
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 

@@ -21,7 +21,7 @@ from fusion.demo.family import members
 from tests.browser import open_tab, two_targets
 
 pytestmark = pytest.mark.browser
-PATIENCE_MS = 30_000
+PATIENCE_MS = 120_000
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from tests.browser import open_tab, two_targets
 from tests.test_evaluate_judge import serving
 from tests.test_page_inspect import choose, serious, served, visiting
 
-PATIENCE_MS = 60_000
+PATIENCE_MS = 120_000
 FORM = Form(models=["demo/pivot", "demo/target-qwen"], reference="demo/pivot", kind="domains", domains=["math", "stem"], prompts=5,
             longest=64, text="", source="", pieces=10, questions="", endpoint="", judge="", mode="grades", name="judged", tasks="",
             limit=5)

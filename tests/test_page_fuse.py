@@ -12,7 +12,7 @@ from tests.browser import open_tab
 from tests.test_page import choose, studio, url, visit  # noqa: F401
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
-PATIENCE_MS = 60_000
+PATIENCE_MS = 120_000
 
 
 @pytest.fixture

@@ -227,7 +227,7 @@ def test_two_folders_are_compared_matrix_by_matrix(picked):
 
 # ------------------------------------------------------------------------------------------------ the page
 
-PATIENCE_MS = 40_000
+PATIENCE_MS = 120_000
 
 
 @contextmanager
