@@ -16,12 +16,11 @@ import numpy as np
 
 from fusion import compiled
 from fusion.checkpoint import Checkpoint
-from fusion.compiled.twins import BLOCK
+from fusion.compiled.twins import STRETCH
 from fusion.digest import CHUNK_BYTES, KEYS, TensorDigest, read_dtype
 from fusion.dtypes import FLOATS, ITEM_BYTES, stored_type
 
 SPACE = 192  # bytes between rows, so that the same place of all does not share the few lines of one set of the cache
-STRETCH = 8 * BLOCK  # numbers that compiled loops handle in one call: what they write is the size that disks like
 
 
 class Row:
@@ -83,14 +82,13 @@ class Blocks:
         return stop - start
 
     def stretch(self, loop: str, start: int, *arguments: object) -> int:
-        """Let a loop of `compiled.streams` read and handle up to `STRETCH` numbers from `start` on; returns how many it did.
-
-        0 where there are no such loops, or the first block is one for `fill`.
+        """Let a loop of `compiled.streams` read and handle numbers from `start` on, to the next multiple of `STRETCH` at most;
+        returns how many it did: 0 where there are no such loops, or the first block is one for `fill`.
         """
         streams = compiled.streaming()
         if streams is None or self._files is None:
             return 0
-        n = min(STRETCH, self.numel - start)
+        n = min(STRETCH - start % STRETCH, self.numel - start)
         done = getattr(streams, loop)(self._files, self.codes, start, n, self.rows, KEYS, self._hashes, *arguments)
         self._take(start, done)
         return done
@@ -141,7 +139,7 @@ class Stored:
     def weigh_stretch(self, blocks: Blocks, start: int, weights: np.ndarray) -> np.ndarray:
         """As `weigh`, of as many numbers from `start` on as compiled loops can read and weigh at once, perhaps none."""
         out = self._room(min(STRETCH, blocks.numel - start)) if compiled.streaming() else self._out
-        done = blocks.stretch("weighed", start, weights, self._index, out)
+        done = blocks.stretch("weigh", start, weights, self._index, out)
         return out[:done * self._item].view(self._type)
 
     def _room(self, n: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from fusion.blocks import Blocks, Row
 from fusion.checkpoint import Checkpoint
 from fusion.digest import TensorDigest, read_dtype
 from fusion.errors import Stopped
-from fusion.methods.stack import BLOCK, Block, Rows
+from fusion.methods.stack import BLOCK, Block
 from fusion.slices import origin_of
 from fusion.variation import nonfinite
 
@@ -54,6 +55,29 @@ class InputDigests:
                 self.values[label][name] = digest.value()
 
 
+@dataclass
+class Stretch:
+    """A Part of open checkpoints, read when a loop is called with it; `n` numbers of it were handled.
+
+    `checked`: CheckpointError for a number that is NaN or Inf.
+    """
+
+    start: int
+    blocks: Blocks
+    checked: bool
+    n: int = 0
+
+    def run(self, loop: str, *arguments: object) -> int:
+        """See `methods.stack.Part`."""
+        self.n = self.blocks.stretch(loop, self.start, self.checked, *arguments)
+        if not self.n:
+            self.n = self.blocks.fill(self.start)
+            if self.checked and not all(self.blocks.all_finite(m, self.n) for m in range(len(self.blocks.models))):
+                raise nonfinite(self.blocks.name, self.blocks.models)
+            getattr(compiled.loops(), loop)(self.blocks.rows, self.blocks.codes, self.n, *arguments)
+        return self.n
+
+
 class CheckpointStack:
     """A Stack over the tensor `name` of open checkpoints; `reads_pivot` False leaves the pivot's part of a block empty.
 
@@ -86,17 +110,17 @@ class CheckpointStack:
                 yield Block(start, base[:n], models[:, :n])
         self._unchecked = False
 
-    def stored(self) -> Iterator[Rows]:
+    def stored(self) -> Iterator[Stretch]:
         """See `methods.stack.stored`; the pivot is always read."""
         digests, self._digests = self._digests, None
         with digests.tapping(self._models, self._name) if digests else nullcontext(()) as taps:
-            blocks = Blocks(self._name, self._models, taps)
-            for start, n in blocks:
+            blocks, start = Blocks(self._name, self._models, taps), 0
+            while start < blocks.numel:
                 if self._stop.is_set():
                     raise Stopped("stopped")
-                if self._unchecked and not all(blocks.all_finite(m, n) for m in range(len(self._models))):
-                    raise nonfinite(self._name, self._models)
-                yield Rows(start, n, blocks.rows, blocks.codes)
+                part = Stretch(start, blocks, self._unchecked)
+                yield part
+                start += part.n
         self._unchecked = False
 
     def _read(self, row: Row, start: int, stored: np.ndarray, out: np.ndarray) -> None:

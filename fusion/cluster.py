@@ -40,7 +40,7 @@ _STOP = "stopped"  # name of the file that says so
 
 
 def merge_on_ray(recipes: Recipe | Sequence[Recipe], out: str | os.PathLike, *, max_shard_bytes: int = MAX_SHARD_BYTES,
-                 resume: bool = False, address: str | None = None) -> Work[MergeResult]:
+                 resume: bool = False, flush: bool = True, address: str | None = None) -> Work[MergeResult]:
     """Run a recipe, or the stages of a recipe file, as tasks of a Ray cluster; yields Progress, returns the MergeResult.
 
     `address` of the cluster ("auto": the one this machine belongs to; default: $RAY_ADDRESS, else one that is started here and
@@ -50,7 +50,7 @@ def merge_on_ray(recipes: Recipe | Sequence[Recipe], out: str | os.PathLike, *, 
     stages = (recipes,) if isinstance(recipes, Recipe) else tuple(recipes)
     ray = _ray()
     with _session(ray, address or os.environ.get("RAY_ADDRESS")):
-        return (yield from merge_stages(stages, out, max_shard_bytes=max_shard_bytes, resume=resume,
+        return (yield from merge_stages(stages, out, max_shard_bytes=max_shard_bytes, resume=resume, flush=flush,
                                         engine=partial(_compute, ray)))
 
 

@@ -145,10 +145,11 @@ def _as_stored(checkpoint: Checkpoint, name: str) -> bool:
     return checkpoint.plain(name) or checkpoint.info[name].dtype not in FLOATS
 
 
-def _pieces(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[tuple[int, bytes | np.ndarray]]:
+def _pieces(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[tuple[int, np.ndarray]]:
     item, numel = ITEM_BYTES[dtype], checkpoint.info[name].numel
-    step, numbers = _READ_BYTES // item, np.empty(min(numel, _READ_BYTES // item), np.float32)
-    stored = _as_stored(checkpoint, name)
+    step, stored = _READ_BYTES // item, _as_stored(checkpoint, name)
+    room = np.empty(min(numel, step) * item, np.uint8)  # used again: fresh memory would cost more than reading
     for start in range(0, numel, step):
         stop = min(start + step, numel)
-        yield start * item, checkpoint.raw(name, start, stop) if stored else checkpoint.read(name, start, stop, numbers)
+        yield start * item, (checkpoint.raw_into(name, start, stop, room) if stored
+                             else checkpoint.read(name, start, stop, room.view(np.float32)))

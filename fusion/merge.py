@@ -87,19 +87,20 @@ Engine = Callable[[MergePlan, CheckpointWriter, "Variation | None"], Work[Comput
 
 
 def merge(recipe: Recipe, out: str | os.PathLike, *, variation: Variation | None = None, max_shard_bytes: int = MAX_SHARD_BYTES,
-          resume: bool = False, places: Mapping[str, Path] | None = None, stages: Sequence[Recipe] = (),
+          resume: bool = False, flush: bool = True, places: Mapping[str, Path] | None = None, stages: Sequence[Recipe] = (),
           engine: Engine | None = None) -> Work[MergeResult]:
     """Run a recipe into the new folder `out`; yields Progress, returns the MergeResult.
 
     `variation` skips measuring when it is already known for these very checkpoints. `resume` goes on after the last finished
-    shard of a merge that was killed, and measures anew. `places` and `stages` are for `stages.merge_stages`: where earlier
-    results lie, and their recipes. `engine` computes the tensors (default: `compute`, in this process). Every FusionError
+    shard of a merge that was killed, and measures anew. `flush`: see CheckpointWriter. `places` and `stages` are for
+    `stages.merge_stages`: where earlier results lie, and their recipes. `engine` computes the tensors (default: `compute`, in this process). Every FusionError
     leaves no folder behind, and so does closing the generator.
     """
     plan = MergePlan.open(recipe, out, places)
     try:
         marks = {label: model.stamp for label, model in plan.sources.items()}
-        with CheckpointWriter(out, plan.outputs(), max_shard_bytes, resume=resume, plan_digest=plan.digest) as writer:
+        with CheckpointWriter(out, plan.outputs(), max_shard_bytes, resume=resume, plan_digest=plan.digest,
+                              flush=flush) as writer:
             computed = yield from (engine or compute)(plan, writer, None if resume else variation)
             recipe = yield from resolved(plan, computed)
             check_unchanged(plan, marks)

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from fusion import dtypes
-from fusion.blocks import BLOCK, Blocks, Stored
+from fusion.blocks import Blocks, Stored
 from fusion.checkpoint import Checkpoint
 from fusion.checkpoint_stack import CheckpointStack, InputDigests
+from fusion.compiled.twins import BLOCK
 from fusion.errors import MismatchError, RecipeError, Stopped
 from fusion.methods import METHODS, Method, elementwise
 from fusion.methods.average import shares as normalised

@@ -35,7 +35,7 @@ class Slot:
 
 
 class Shard:
-    """One safetensors file of `nbytes` while it is written; `seal` writes the header and makes it durable."""
+    """One safetensors file of `nbytes` while it is written; `seal` writes the header."""
 
     def __init__(self, path: Path, header: bytes, slots: Sequence[Slot]):
         self.path, self.header, self.slots = path, header, slots
@@ -62,10 +62,11 @@ class Shard:
         """Wait until what is written so far is on the disk."""
         os.fdatasync(self._file)
 
-    def seal(self) -> None:
-        """Write the header and wait until everything is on the disk."""
+    def seal(self, flush: bool = True) -> None:
+        """Write the header and, if `flush`, wait until everything is on the disk."""
         write_all(self._file, self.header, 0)
-        os.fsync(self._file)
+        if flush:
+            os.fsync(self._file)
         self.close()
 
     def sealed(self) -> bool:

@@ -25,15 +25,15 @@ _MARK = "fusechat-stages"  # a file that says whose folder it is
 
 
 def merge_stages(recipes: Sequence[Recipe], out: str | os.PathLike, *, max_shard_bytes: int = MAX_SHARD_BYTES,
-                 resume: bool = False, engine: Engine | None = None) -> Work[MergeResult]:
+                 resume: bool = False, flush: bool = True, engine: Engine | None = None) -> Work[MergeResult]:
     """Run the stages of a recipe file one after the other into the new folder `out`; yields Progress, returns the last result.
 
     The other stages' results are removed whatever happens, unless `resume`: then what is finished outlives a failure, and is
-    used by the next run with `resume`. `engine` as in `merge`. Raises what `merge` raises.
+    used by the next run with `resume`. `flush` and `engine` as in `merge`. Raises what `merge` raises.
     """
     *earlier, last = recipes
     if not earlier:
-        return (yield from merge(last, out, max_shard_bytes=max_shard_bytes, resume=resume, engine=engine))
+        return (yield from merge(last, out, max_shard_bytes=max_shard_bytes, resume=resume, flush=flush, engine=engine))
     out = Path(out).absolute()
     if os.path.lexists(out):
         raise OutputError("exists already; nothing is ever overwritten", where=str(out), todo="Choose another folder.")
@@ -46,12 +46,12 @@ def merge_stages(recipes: Sequence[Recipe], out: str | os.PathLike, *, max_shard
                 with _disk_errors(out):
                     shutil.rmtree(folder, ignore_errors=True)
                 mark = _digest(recipe, folder, places)
-                yield from merge(recipe, folder, max_shard_bytes=max_shard_bytes, places=places, engine=engine)
+                yield from merge(recipe, folder, max_shard_bytes=max_shard_bytes, flush=flush, places=places, engine=engine)
                 with _disk_errors(out):
                     _mark_of(folder).write_text(mark)
             places[recipe.name] = folder
             done.append(Recipe.load(folder / RECIPE_FILE))
-        return (yield from merge(last, out, max_shard_bytes=max_shard_bytes, resume=resume, places=places, stages=done,
+        return (yield from merge(last, out, max_shard_bytes=max_shard_bytes, resume=resume, flush=flush, places=places, stages=done,
                                  engine=engine))
 
 

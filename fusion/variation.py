@@ -18,8 +18,9 @@ import numpy as np
 
 from fusion import compiled
 from fusion.anatomy import GRANULARITIES, place
-from fusion.blocks import BLOCK, Blocks, new_digests
+from fusion.blocks import Blocks, new_digests
 from fusion.checkpoint import Checkpoint
+from fusion.compiled.twins import BLOCK
 from fusion.digest import TensorDigest
 from fusion.dtypes import FLOATS
 from fusion.errors import CheckpointError, RecipeError, Stopped, nearest
@@ -217,7 +218,7 @@ def sum_tensor(name: str, pivot: Checkpoint, targets: Sequence[Checkpoint], stop
     while start < blocks.numel:
         if stop.is_set():
             raise Stopped("stopped")
-        done = 0 if elements else blocks.stretch("changes", start, part, table)
+        done = 0 if elements else blocks.stretch("sum_changes", start, part, table)
         if done:
             start += done
             continue

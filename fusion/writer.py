@@ -33,20 +33,21 @@ class CheckpointWriter:
     `tensors` lists (name, safetensors dtype code, shape). Use it as a context manager: leaving it without `finish` removes
     everything. `resume` continues what a killed writer of the same tensors and the same `plan_digest` began: `finished` maps
     the tensors of its finished shards to the notes that were given to `done`; what it finishes itself then also outlives it.
-    Another process may write and seal `shard(file)` in its place, then `adopt` takes it in.
+    Another process may write and seal `shard(file)` in its place, then `adopt` takes it in. Without `flush` the system writes to
+    the disk when it likes: a power cut soon after `finish` may leave an incomplete folder, and nothing can be resumed.
 
     OutputError when the folder exists, cannot be made, is being written by another merge or was begun with another plan;
     ResourceError when the disk is full.
     """
 
     def __init__(self, out: str | os.PathLike, tensors: Sequence[tuple[str, str, tuple[int, ...]]],
-                 max_shard_bytes: int = MAX_SHARD_BYTES, *, resume: bool = False, plan_digest: str = ""):
+                 max_shard_bytes: int = MAX_SHARD_BYTES, *, resume: bool = False, plan_digest: str = "", flush: bool = True):
         self.out = Path(out).absolute()
         self.headers, self.slots = plan_shards(tensors, max_shard_bytes)
         self.files = {file: [slot for slot in self.slots.values() if slot.file == file] for file in self.headers}
         self.finished: dict[str, dict] = {}
         self._plan = hashlib.sha256(b"\0".join([plan_digest.encode(), *self.headers.values()])).hexdigest()
-        self._resume = resume
+        self._resume, self._durable = resume, flush
         self._journal, self._own = Journal(self.out), False
         self._sealed: set[str] = set()
         self._small: dict[str, Future] = {}
@@ -104,7 +105,7 @@ class CheckpointWriter:
         with self._lock:
             self._written[name] += nbytes
             self._unflushed[slot.file] += nbytes
-            if self._unflushed[slot.file] >= FLUSH_BYTES:
+            if self._durable and self._unflushed[slot.file] >= FLUSH_BYTES:
                 self._unflushed[slot.file] = 0
                 self._early[slot.file].append(self._flush.submit(shard.flush))
 
@@ -150,11 +151,13 @@ class CheckpointWriter:
         with self._disk():
             self._close()
             self._tidy({*self.headers, *self._small})
-            sync_folder(self.folder)
+            if self._durable:
+                sync_folder(self.folder)
             self._refuse_existing("appeared while this merge ran")  # somebody else was faster
             os.rename(self.folder, self.out)
-        with contextlib.suppress(OSError):  # it has its name; there is no way back from here
-            sync_folder(self.out.parent)
+        if self._durable:
+            with contextlib.suppress(OSError):  # it has its name; there is no way back from here
+                sync_folder(self.out.parent)
         self._journal.release()
         self._made.clear()
         return self.out
@@ -224,16 +227,18 @@ class CheckpointWriter:
         with self._disk():
             for flushed in self._early[file]:
                 flushed.result()
-            self._shards[file].seal()
+            self._shards[file].seal(self._durable)
             self._record(file)
 
     def _sync(self, name: str) -> None:
-        with self._disk(), open(self.folder / name, "rb") as file:
-            os.fsync(file.fileno())
+        if self._durable:
+            with self._disk(), open(self.folder / name, "rb") as file:
+                os.fsync(file.fileno())
 
     def _record(self, file: str) -> None:
         with self._lock:
-            self._journal.add({"shard": file, "tensors": self._notes[file]})
+            if self._durable:
+                self._journal.add({"shard": file, "tensors": self._notes[file]})
             self._sealed.add(file)
 
     def _close(self) -> None:

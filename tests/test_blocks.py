@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fusion import compiled, dtypes
-from fusion.blocks import BLOCK, STRETCH, Blocks, Stored, expect, new_digests
+from fusion.blocks import Blocks, Stored, expect, new_digests
 from fusion.checkpoint import Checkpoint
+from fusion.compiled.twins import BLOCK, STRETCH
 from fusion.digest import digest_checkpoint, digest_tensor
 from fusion.errors import CheckpointError
 from fusion.merge import merge
@@ -21,13 +22,19 @@ WIDE = BLOCK // 4 + 3  # columns of five rows: more than a block, and no multipl
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
+def both():
+    """The compiled loops: a block at a time, and many."""
+    from fusion.compiled import kernels, streams
+
+    return compiled.Loops(kernels, kernels.ready), compiled.Loops(streams, kernels.ready)
+
+
 @pytest.fixture(params=["twins", "kernels"])
 def loops(request, monkeypatch):
     """Both kinds of loops, one after the other."""
     if request.param == "kernels":
         pytest.importorskip("numba")
-        from fusion.compiled import kernels, streams
-
+        kernels, streams = both()
         monkeypatch.setattr(compiled, "_streams", streams)
     monkeypatch.setattr(compiled, "_kernels", kernels if request.param == "kernels" else None)
     monkeypatch.setattr(compiled, "_refused", False)
@@ -102,8 +109,7 @@ def test_what_is_not_finite_is_seen_even_in_a_model_without_weight(loops, tmp_pa
 def test_long_tensors_with_odd_numbers_are_the_same_by_both_loops(tmp_path, monkeypatch, method, options):
     """More than one stretch and no whole block at the end, and a block in the middle that only the slow way can do."""
     pytest.importorskip("numba")
-    from fusion.compiled import kernels, streams
-
+    kernels, streams = both()
     random, folders = np.random.default_rng(4), []
     for name in "abc":
         values = random.normal(size=STRETCH + BLOCK + 3).astype(np.float32)
@@ -111,9 +117,13 @@ def test_long_tensors_with_odd_numbers_are_the_same_by_both_loops(tmp_path, monk
         folders.append(str(save_checkpoint(tmp_path / name, {NAME: values, NORM: values[:7]}, "bfloat16")))
     recipe, results = Recipe(folders[0], tuple(folders[1:]), method=method, options=options, allow_nonfinite=True), []
     monkeypatch.setattr(compiled, "_streams", streams)
+    filled, fill = [], Blocks.fill
+    monkeypatch.setattr(Blocks, "fill", lambda blocks, start: filled.append(start) or fill(blocks, start))
     for used in (None, kernels):
+        filled.clear()
         monkeypatch.setattr(compiled, "_kernels", used)
         results.append(finish(merge(recipe, tmp_path / str(used is None))).recipe)
+    assert set(filled) <= {2 * BLOCK}  # all others were handled many at once
     assert results[0].result == results[1].result and results[0].revisions == results[1].revisions
     with pytest.raises(CheckpointError, match="holds 1 values"):
         finish(merge(recipe.with_(allow_nonfinite=False), tmp_path / "out"))
@@ -127,7 +137,7 @@ def test_a_file_that_becomes_shorter_is_an_error_of_the_slow_way(loops, tmp_path
     with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(BLOCK * 6)
     table = np.zeros((2, 2, 3))
-    done = blocks.stretch("changes", 0, *table) if loop else 0
+    done = blocks.stretch("sum_changes", 0, *table) if loop else 0
     assert done == (BLOCK if done else 0)
     with pytest.raises(CheckpointError, match="became shorter"):
         blocks.fill(done or BLOCK)
@@ -137,8 +147,7 @@ def test_a_file_that_becomes_shorter_is_an_error_of_the_slow_way(loops, tmp_path
 @pytest.mark.parametrize("dtype", ["", "float32"])
 def test_a_merge_is_the_same_by_both_loops_and_records_the_digests_of_what_it_read(tmp_path, models, monkeypatch, method, dtype):
     pytest.importorskip("numba")
-    from fusion.compiled import kernels, streams
-
+    kernels, streams = both()
     monkeypatch.setattr(compiled, "_streams", streams)
     targets = [str(model.folder) for model in models[1:3 if method == "slerp" else 4]]
     recipe, results = Recipe(str(models[0].folder), tuple(targets), method=method, dtype=dtype), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def kernels():
     pytest.importorskip("numba")
     from fusion.compiled import kernels
 
-    return kernels
+    return compiled.Loops(kernels, kernels.ready)
 
 
 def stored(values: np.ndarray, code: int) -> np.ndarray:
@@ -373,6 +374,7 @@ def test_a_numba_that_fails_does_not_stop_the_work(monkeypatch, caplog):
 
 def test_the_loops_are_the_twins_until_the_others_are_ready(monkeypatch):
     ready, other = threading.Event(), type(sys)("other")
+    other.prepare, other.ready = (lambda: None), None
     monkeypatch.setattr(compiled, "_kernels", None)
     monkeypatch.setattr(compiled, "_thread", None)
     monkeypatch.setenv("FUSECHAT_COMPILED", "")
@@ -382,14 +384,31 @@ def test_the_loops_are_the_twins_until_the_others_are_ready(monkeypatch):
     assert compiled.loops() is twins
     ready.set()
     compiled._thread.join()
-    assert compiled.loops() is other
+    assert compiled.loops().__name__ == "other"
 
 
 def test_a_folder_that_cannot_hold_the_cache_only_costs_time(kernels, monkeypatch):
-    def njit(signatures, cache=False, **options):
+    def njit(cache=False, **options):
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
-        return lambda function: (function, options)
+        return real(**options)
 
+    real = kernels.numba.njit
     monkeypatch.setattr(kernels.numba, "njit", njit)
-    assert kernels._compile("void()")(len) == (len, {"nogil": True, "error_model": "numpy"})
+    loop = kernels.compiled("int64(int64)")(lambda n: n + 1)
+    assert kernels.ready(loop)(1.0) == 2 and loop.nopython_signatures == [kernels.types.int64(kernels.types.int64)]
+
+
+def test_what_is_not_in_the_cache_is_compiled_at_once_and_what_is_there_when_it_is_asked_for(tmp_path):
+    pytest.importorskip("numba")
+    code = ("from fusion import compiled; compiled.prepare(1); from fusion.compiled import kernels, streams\n"
+            "print(len(kernels._wanted)); compiled.loops().encode; compiled.streaming().weigh; print(len(kernels._wanted))")
+    waiting = [python(code, FUSECHAT_COMPILED="1", NUMBA_CACHE_DIR=str(tmp_path)).split() for _ in range(2)]
+    assert waiting[0] == ["0", "0"]
+    assert int(waiting[1][0]) - int(waiting[1][1]) == 2 and int(waiting[1][1]) > 20
+
+
+def test_loops_that_hold_others_are_made_anew_when_those_change():
+    folder = ROOT / "fusion" / "compiled"
+    now = hashlib.sha256((folder / "kernels.py").read_bytes()).hexdigest()[:16]
+    assert f'KERNELS = "{now}"' in (folder / "streams.py").read_text()

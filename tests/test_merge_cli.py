@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -42,6 +43,17 @@ def recorded(run, folders, out, *argv) -> Recipe:
     ("multislerp", "space=deltas", "space", "deltas"), ("karcher", "tol=1e-3", "tol", .001)])
 def test_options_reach_the_recipe(run, folders, tmp_path, method, text, name, value):
     assert recorded(run, folders, tmp_path / "out", "--method", method, "--option", text).options[name] == value
+
+
+def test_no_flush_gives_the_same_result_and_waits_for_nothing_of_it(run, folders, tmp_path, monkeypatch):
+    flushed, fsync, waits = [], os.fsync, {}
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(file) or fsync(file))
+    for words in ((), ("--no-flush",)):
+        recipe = recorded(run, folders, tmp_path / str(len(words)), *words)
+        waits[words] = len(flushed), recipe.result["digest"]
+        flushed.clear()
+    (some, one), (few, other) = waits.values()
+    assert one == other and few == 2 < some  # the journal says which hidden folder is its own
 
 
 @pytest.mark.parametrize(("text", "weights"), [

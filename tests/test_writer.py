@@ -160,6 +160,18 @@ def test_the_disk_works_while_a_shard_is_still_written_and_its_errors_count(tmp_
     assert not (tmp_path / "other").exists()
 
 
+def test_without_flush_nothing_waits_for_the_disk_and_the_journal_promises_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FLUSH_BYTES", 1)
+    with CheckpointWriter(tmp_path / "out", LAYOUT, flush=False) as writer:
+        for call in ("fsync", "fdatasync"):
+            monkeypatch.setattr(os, call, lambda file: pytest.fail("it waited"))
+        fill(writer)
+        assert not writer._journal.records
+        writer.finish()
+    monkeypatch.undo()
+    assert set(load_tensors(tmp_path / "out")) == set(VALUES) and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "file").write_text("x")

@@ -54,6 +54,8 @@ def add(command) -> None:
     run.add_argument("--ray-address", metavar="A", help="of the Ray cluster: auto or HOST:PORT (default: one is started)")
     run.add_argument("--review", action="store_true", help="then look at the result: distances, rounding, tokenizer, five prompts")
     run.add_argument("--resume", action="store_true", help="go on with a merge into this folder that was killed")
+    run.add_argument("--no-flush", action="store_true", help="do not wait for the disk: faster, but a power cut within the next "
+                     "minute may leave the result incomplete")
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -66,7 +68,7 @@ def _merge(options: argparse.Namespace) -> None:
         raise RecipeError(f"engine {options.engine} computes on processors", where="--device", todo="Use --engine local.")
     where = {"address": options.ray_address} if options.engine == "ray" else {"engine": partial(compute, device=options.device)}
     work = ENGINES[options.engine](stages, options.out, max_shard_bytes=int(options.max_shard_gb * 1e9), resume=options.resume,
-                                   **where)
+                                   flush=not options.no_flush, **where)
     result = finish(work, show_progress(options.json))
     report = finish(review(result), show_progress(options.json)) if options.review else None
     before, after = result.parameters

@@ -5,7 +5,7 @@
 
 numba is optional. It is imported, and its machine code loaded from the cache on disk, only when the work is large enough to
 pay for that. Where there is no cache yet it is compiled in a thread of its own while numpy works. FUSECHAT_COMPILED=0 keeps to
-numpy, 1 waits for numba whatever the size. Price: one second of one core per process, and once some thirty to compile.
+numpy, 1 waits for numba whatever the size. Price: half a second of one core per process, and once some thirty to compile.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib
 import logging
 import os
 import threading
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -27,19 +28,34 @@ DEVICE_BLOCKS = 64  # blocks handed to a device at once: a transfer of some mega
 PAYS_BYTES = 400_000_000  # measured: 0.4 s to load, 1 s of processor time saved for each GB read
 PATIENCE_S = 2.5  # loading from the cache takes less; beside it numpy would get little done and slow it down
 _lock = threading.Lock()
+
+
+class Loops:
+    """A module of compiled loops, each made `ready` when it is first asked for."""
+
+    def __init__(self, module: ModuleType, ready: Callable):
+        self._module, self._ready = module, ready
+
+    def __getattr__(self, name: str):
+        found = getattr(self._module, name)
+        if hasattr(found, "signatures"):
+            setattr(self, name, self._ready(found))
+        return found
+
+
 _thread: threading.Thread | None = None
-_kernels: ModuleType | None = None
-_streams: ModuleType | None = None
+_kernels: Loops | None = None
+_streams: Loops | None = None
 _refused = False
 _device: DeviceLoops | None = None
 
 
-def loops() -> ModuleType | DeviceLoops:
+def loops() -> ModuleType | Loops | DeviceLoops:
     """Whose loops to call now: the device's, `kernels` once they are ready, else `twins`."""
     return _on_processor() if _device is None else _device
 
 
-def streaming() -> ModuleType | None:
+def streaming() -> Loops | None:
     """The module that reads and handles many blocks at once, None where `loops` are not the kernels."""
     return None if _device is not None or _kernels is None or _refused else _streams
 
@@ -68,7 +84,7 @@ def prepare(nbytes: int, device: str | None = None) -> None:
         _device = None if place == "cpu" else DeviceLoops(place, _on_processor)
 
 
-def _on_processor() -> ModuleType:
+def _on_processor() -> ModuleType | Loops:
     return twins if _kernels is None or _refused else _kernels
 
 
@@ -91,8 +107,9 @@ def _prepare_kernels(nbytes: int) -> None:
 def _load() -> None:
     global _kernels, _streams
     try:
-        kernels = importlib.import_module("fusion.compiled.kernels")
-        _streams, _kernels = importlib.import_module("fusion.compiled.streams"), kernels
+        kernels, streams = map(importlib.import_module, ("fusion.compiled.kernels", "fusion.compiled.streams"))
+        kernels.prepare()
+        _streams, _kernels = Loops(streams, kernels.ready), Loops(kernels, kernels.ready)
     except ImportError:
         logging.getLogger(__name__).info("numba is not installed; numpy does the work")
     except Exception as error:  # a numba that does not fit this Python or processor must not stop a merge that works without

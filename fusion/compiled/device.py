@@ -104,7 +104,7 @@ class DeviceLoops:
         total = self._add_agreeing(deltas, _majority(deltas) if sign is None else sign, table)
         if scale != 1:
             total *= float(np.float32(scale))
-        out[:] = (total + pivot).cpu().numpy()
+        out[:n] = (total + pivot).cpu().numpy()
 
     def _add_agreeing(self, deltas: torch.Tensor, sign: torch.Tensor, table: np.ndarray) -> torch.Tensor:
         agreeing = (deltas.view(torch.int32) ^ sign).view(torch.float32)

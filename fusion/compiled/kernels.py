@@ -1,47 +1,77 @@
 """The loops of `twins`, compiled by numba: import only through `fusion.compiled`, importing takes half a second.
 
-No fastmath: sums keep their written order, no multiply-add is contracted, so every bit equals the twin's. Signatures are
-given, so that all is compiled (or loaded from the cache) on import. The loops run without the interpreter's lock, on tiles
-that stay in the first-level cache.
+No fastmath: sums keep their written order, no multiply-add is contracted, so every bit equals the twin's. Each loop is loaded
+from the cache on disk when it is first asked for: all together take as long as importing numba. The loops run without the
+interpreter's lock, on tiles that stay in the first-level cache.
 """
 
 from __future__ import annotations
+
+import threading
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fusion.compiled.twins import LANES
 from fusion.dtypes import FLOATS
 
 TILE = 2048  # numbers; a multiple of LANES
-_F64, _F32, _F16, _BF16 = (FLOATS.index(code) for code in ("F64", "F32", "F16", "BF16"))
+WIDE = 16  # lanes whose sums are in registers at once; LANES is a multiple of it
+F64, F32, _F16, _BF16 = (FLOATS.index(code) for code in ("F64", "F32", "F16", "BF16"))
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 _INFINITE, _SIGN, _NAN = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF), np.uint32(0x7FC00000)
 
 
-def _read_only(item: types.Type, dimensions: int) -> types.Array:
+def read_only(item: types.Type, dimensions: int) -> types.Array:
     return types.Array(item, dimensions, "C", readonly=True)
 
 
-ROW, ROWS, CODES = _read_only(types.uint8, 1), _read_only(types.uint8, 2), _read_only(types.int64, 1)
+ROW, ROWS, CODES = read_only(types.uint8, 1), read_only(types.uint8, 2), read_only(types.int64, 1)
 NUMBERS, BYTES, WORDS = types.float32[::1], types.uint8[::1], types.uint32[::1]
-DELTAS = _read_only(types.float32, 2)
+DELTAS, FACTORS, DROPS = read_only(types.float32, 2), read_only(types.float32, 1), types.int64[:, ::1]
 
 
-def _compile(*signatures):
+_wanted: dict = {}  # signatures by loop
+_lock = threading.RLock()
+
+
+def compiled(*signatures):
+    """Declare a loop that `ready` compiles for these signatures and no others."""
     def decorate(function):
         options = {"nogil": True, "error_model": "numpy"}
         try:
-            return numba.njit(list(signatures), cache=True, **options)(function)
+            loop = numba.njit(cache=True, **options)(function)
         except RuntimeError:  # no folder to cache in: neither beside this file nor the user's own
-            return numba.njit(list(signatures), **options)(function)
+            loop = numba.njit(**options)(function)
+        _wanted[loop] = signatures
+        return loop
     return decorate
 
 
-_helper = numba.njit(nogil=True, error_model="numpy")  # compiled into those that call it, so that nothing is loaded for it
+def ready(loop):
+    """Load a loop from the cache on disk, or compile it."""
+    with _lock:
+        for signature in _wanted.get(loop, ()):
+            loop.compile(signature)
+        if _wanted.pop(loop, None):
+            loop.disable_compile()
+    return loop
+
+
+def prepare():
+    """Compile the loops of every module whose first one is not in the cache on disk; others are left to `ready`."""
+    cached = {}
+    for loop in list(_wanted):
+        if not cached.get(loop.__module__):
+            ready(loop)
+            cached.setdefault(loop.__module__, bool(loop.stats.cache_hits))
+
+
+helper = numba.njit(nogil=True, error_model="numpy")  # compiled into those that call it, so that nothing is loaded for it
 
 
 @intrinsic
@@ -58,7 +88,91 @@ def _float_to_half(context, value):
     return types.uint16(types.float32), generate
 
 
-@_helper
+@intrinsic
+def _float_of(context, bits):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+    return types.float32(types.uint32), generate
+
+
+def _by_lane(numbers, step):
+    """Code for a loop that adds something to one sum in each of LANES lanes, the sums being in registers meanwhile.
+
+    Arguments of the loop are `numbers` arrays of float32, how many of their numbers to take (the rest of the last LANES of
+    them must be 0), and arrays of sums [LANES]. `step` makes new sums of numbers and sums, WIDE lanes of each at once.
+    """
+    def generate(context, builder, signature, arguments):
+        arrays = [context.make_array(kind)(context, builder, value) if isinstance(kind, types.Array) else value
+                  for kind, value in zip(signature.args, arguments, strict=True)]
+        inputs, n, sums = arrays[:numbers], arrays[numbers], arrays[numbers + 1:]
+        kinds = [ir.VectorType(context.get_data_type(kind.dtype), WIDE) for kind in signature.args[numbers + 1:]]
+
+        def place(array, at, kind):
+            return builder.bitcast(builder.gep(array.data, [at]), kind.as_pointer())
+
+        def load(array, at, kind):
+            return builder.load(place(array, at, kind), align=alignment(kind))
+
+        def alignment(kind):
+            return kind.element.get_abi_alignment(context.target_data)
+
+        def stops(count, step):
+            return cgutils.for_range_slice(builder, ir.Constant(n.type, 0), count, ir.Constant(n.type, step), n.type)
+
+        held = [cgutils.alloca_once(builder, kind) for kind in kinds]
+        with stops(ir.Constant(n.type, LANES), WIDE) as (lane, _):
+            for slot, array, kind in zip(held, sums, kinds, strict=True):
+                builder.store(load(array, lane, kind), slot)
+            with stops(n, LANES) as (row, _):
+                at = builder.add(row, lane)
+                values = [load(array, at, ir.VectorType(ir.FloatType(), WIDE)) for array in inputs]
+                for slot, new in zip(held, step(builder, values, [builder.load(slot) for slot in held]), strict=True):
+                    builder.store(new, slot)
+            for slot, array, kind in zip(held, sums, kinds, strict=True):
+                builder.store(builder.load(slot), place(array, lane, kind), align=alignment(kind))
+        return context.get_dummy_value()
+    return generate
+
+
+def _double(builder, values):
+    return builder.fpext(values, ir.VectorType(ir.DoubleType(), WIDE))
+
+
+def _magnitude(builder, values):
+    bits = ir.VectorType(ir.IntType(64), WIDE)
+    kept = ir.Constant(bits, [0x7FFF_FFFF_FFFF_FFFF] * WIDE)
+    return builder.bitcast(builder.and_(builder.bitcast(values, bits), kept), values.type)
+
+
+@intrinsic
+def _add_squares(context, values, n, squares):
+    """Add the squares of the first n of `values` to the lanes of `squares`."""
+    def step(builder, values, sums):
+        wide = _double(builder, values[0])
+        return [builder.fadd(sums[0], builder.fmul(wide, wide))]
+    return types.void(values, n, squares), _by_lane(1, step)
+
+
+@intrinsic
+def _add_sizes(context, values, n, sizes):
+    """Add the magnitudes of the first n of `values` to the lanes of `sizes`."""
+    def step(builder, values, sums):
+        return [builder.fadd(sums[0], _magnitude(builder, _double(builder, values[0])))]
+    return types.void(values, n, sizes), _by_lane(1, step)
+
+
+@intrinsic
+def _add_changes(context, moved, pivot, n, squares, sizes, changed):
+    """Add squares and magnitudes of moved − pivot, taken in float64, to the lanes of these, and count what is not equal."""
+    def step(builder, values, sums):
+        apart = builder.fsub(_double(builder, values[0]), _double(builder, values[1]))
+        differs = builder.sext(builder.fcmp_unordered("!=", *values), sums[2].type)
+        return [builder.fadd(sums[0], builder.fmul(apart, apart)), builder.fadd(sums[1], _magnitude(builder, apart)),
+                builder.sub(sums[2], differs)]
+    return types.void(moved, pivot, n, squares, sizes, changed), _by_lane(2, step)
+
+
+@helper
 def _tile(row, code, start, n, out):
     """Decode the numbers start … start + n of a row."""
     bits = out.view(np.uint32)
@@ -66,7 +180,7 @@ def _tile(row, code, start, n, out):
         halves = row.view(np.uint16)[start:start + n]
         for i in range(n):
             bits[i] = np.uint32(halves[i]) << np.uint32(16)
-    elif code == _F32:
+    elif code == F32:
         whole = row.view(np.uint32)[start:start + n]
         for i in range(n):
             bits[i] = whole[i]
@@ -80,7 +194,20 @@ def _tile(row, code, start, n, out):
             out[i] = np.float32(doubles[i])
 
 
-@_compile(types.boolean(ROW, types.int64, types.int64, NUMBERS))
+@helper
+def _delta(row, code, start, n, pivot, out):
+    """Decode the numbers start … start + n of a row and take those of `pivot` from them."""
+    if code == _BF16:
+        halves = row.view(np.uint16)[start:start + n]
+        for i in range(n):
+            out[i] = _float_of(np.uint32(halves[i]) << np.uint32(16)) - pivot[i]
+        return
+    _tile(row, code, start, n, out)
+    for i in range(n):
+        out[i] -= pivot[i]
+
+
+@compiled(types.boolean(ROW, types.int64, types.int64, NUMBERS))
 def decode(row, code, n, out):
     """See `twins.decode`."""
     bits, worst = out.view(np.uint32), np.uint32(0)
@@ -93,30 +220,29 @@ def decode(row, code, n, out):
     return worst < _INFINITE
 
 
-@_helper
+@helper
 def _store(values, code, out, start, n):
     """Encode n numbers as the elements start … start + n of `out`; the twin of dtypes.encode and dtypes.overflowed."""
     bits, worst = values.view(np.uint32), np.uint32(0)
     if code == _BF16:
         halves = out.view(np.uint16)[start:start + n]
-        for i in range(n):
+        for i in range(n):  # without the many casts numba reckons in 64 bits, half as fast
             b = bits[i]
-            rounded = np.uint32(b + np.uint32(np.uint32(0x7FFF) + (b >> np.uint32(16) & np.uint32(1)))) >> np.uint32(16)
-            if b & _SIGN > _INFINITE:
-                rounded = np.uint32(0x7FC0)
-            halves[i] = rounded
-            worst = max(worst, rounded & np.uint32(0x7FFF))
+            odd = np.uint32(b >> np.uint32(16)) & np.uint32(1)
+            rounded = np.uint32(np.uint32(b + np.uint32(np.uint32(0x7FFF) + np.uint32(odd))) >> np.uint32(16))
+            rounded = np.uint32(0x7FC0) if np.uint32(b & _SIGN) > _INFINITE else rounded
+            halves[i] = np.uint16(rounded)
+            worst = max(worst, np.uint32(rounded & np.uint32(0x7FFF)))
         return worst < np.uint32(0x7F80)
     if code == _F16:
         halves = out.view(np.uint16)[start:start + n]
         for i in range(n):
             half = np.uint32(_float_to_half(values[i]))
-            if bits[i] & _SIGN > _INFINITE:
-                half = np.uint32(0x7E00)
-            halves[i] = half
-            worst = max(worst, half & np.uint32(0x7FFF))
+            half = np.uint32(0x7E00) if np.uint32(bits[i] & _SIGN) > _INFINITE else half
+            halves[i] = np.uint16(half)
+            worst = max(worst, np.uint32(half & np.uint32(0x7FFF)))
         return worst < np.uint32(0x7C00)
-    if code == _F32:
+    if code == F32:
         whole = out.view(np.uint32)[start:start + n]
         for i in range(n):
             b = bits[i]
@@ -130,13 +256,13 @@ def _store(values, code, out, start, n):
     return worst < _INFINITE
 
 
-@_compile(types.boolean(NUMBERS, types.int64, BYTES))
+@compiled(types.boolean(NUMBERS, types.int64, BYTES))
 def encode(values, code, out):
     """See `twins.encode`."""
     return _store(values, code, out, 0, len(values))
 
 
-@_compile(types.boolean(ROW, types.int64, types.int64))
+@compiled(types.boolean(ROW, types.int64, types.int64))
 def all_finite(row, code, n):
     """See `twins.all_finite`."""
     if code == _BF16:
@@ -154,7 +280,7 @@ def all_finite(row, code, n):
     return worst < _INFINITE
 
 
-@_helper
+@helper
 def _fold(lanes):
     half = len(lanes) // 2
     while half:
@@ -164,45 +290,30 @@ def _fold(lanes):
     return lanes[0]
 
 
-@_compile(types.void(ROWS, CODES, types.int64, types.float64[:, ::1]))
+@compiled(types.void(ROWS, CODES, types.int64, types.float64[:, ::1]))
 def sum_changes(rows, codes, n, sums):
     """See `twins.sum_changes`."""
     count = len(rows) - 1
     pivot, moved = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
-    lanes = np.zeros((2 * count + 1, LANES))
-    own = lanes[2 * count]
-    sums[:] = 0
+    lanes, changed = np.zeros((2 * count + 1, LANES)), np.zeros((count, LANES), np.int32)
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
+        pivot[m:], moved[m:] = 0, 0
         _tile(rows[0], codes[0], start, m, pivot)
-        padded = -(-m // LANES) * LANES
-        pivot[m:padded] = 0
-        for r in range(0, padded, LANES):
-            for lane in range(LANES):
-                value = np.float64(pivot[r + lane])
-                own[lane] += value * value
+        _add_squares(pivot, m, lanes[2 * count])
         for j in range(count):
             _tile(rows[j + 1], codes[j + 1], start, m, moved)
-            moved[m:padded] = 0
-            square, absolute, changed = lanes[2 * j], lanes[2 * j + 1], np.int32(0)
-            for r in range(0, padded, LANES):
-                for lane in range(LANES):
-                    delta = np.float64(moved[r + lane]) - np.float64(pivot[r + lane])
-                    square[lane] += delta * delta
-                    absolute[lane] += abs(delta)
-            for i in range(m):
-                changed += np.int32(moved[i] != pivot[i])
-            sums[j, 2] += changed
+            _add_changes(moved, pivot, m, lanes[2 * j], lanes[2 * j + 1], changed[j])
     for j in range(count):
-        sums[j, 0], sums[j, 1] = _fold(lanes[2 * j]), _fold(lanes[2 * j + 1])
-    sums[count, 0] = _fold(own)
+        sums[j, 0], sums[j, 1], sums[j, 2] = _fold(lanes[2 * j]), _fold(lanes[2 * j + 1]), changed[j].sum()
+    sums[count, 0], sums[count, 1], sums[count, 2] = _fold(lanes[2 * count]), 0, 0
 
 
-@_compile(types.boolean(ROWS, CODES, types.int64, _read_only(types.float64, 1), types.int64, BYTES))
+@compiled(types.boolean(ROWS, CODES, types.int64, read_only(types.float64, 1), types.int64, BYTES))
 def weigh(rows, codes, n, weights, code, out):
     """See `twins.weigh`."""
     base = np.argmax(weights)
-    heaviest, model, shift = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    heaviest, apart, shift = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     finite = True
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
@@ -211,16 +322,16 @@ def weigh(rows, codes, n, weights, code, out):
         for j in range(len(rows)):
             if j != base and weights[j] != 0:
                 weight = np.float32(weights[j])
-                _tile(rows[j], codes[j], start, m, model)
+                _delta(rows[j], codes[j], start, m, heaviest, apart)
                 for i in range(m):
-                    shift[i] += (model[i] - heaviest[i]) * weight
+                    shift[i] += apart[i] * weight
         for i in range(m):
             heaviest[i] += shift[i]
         finite &= _store(heaviest, code, out, start, m)
     return finite
 
 
-@_compile(types.float64(_read_only(types.float32, 1)), types.float64(_read_only(types.float64, 1)))
+@compiled(types.float64(read_only(types.float32, 1)), types.float64(read_only(types.float64, 1)))
 def lane_sum(values):
     """See `twins.lane_sum`."""
     lanes, whole = np.zeros(LANES), len(values) // LANES * LANES
@@ -232,7 +343,7 @@ def lane_sum(values):
     return _fold(lanes)
 
 
-@_compile(types.float64(_read_only(types.float32, 1)))
+@compiled(types.float64(read_only(types.float32, 1)))
 def lane_squares(values):
     """See `twins.lane_squares`."""
     lanes, whole = np.zeros(LANES), len(values) // LANES * LANES
@@ -246,7 +357,7 @@ def lane_squares(values):
     return _fold(lanes)
 
 
-@_compile(types.float64(_read_only(types.float64, 1), _read_only(types.float64, 1)))
+@compiled(types.float64(read_only(types.float64, 1), read_only(types.float64, 1)))
 def lane_product(one, other):
     """See `twins.lane_product`."""
     lanes, whole = np.zeros(LANES), len(one) // LANES * LANES
@@ -258,7 +369,7 @@ def lane_product(one, other):
     return _fold(lanes)
 
 
-@_compile(types.void(types.uint32, types.uint32, WORDS))
+@compiled(types.void(types.uint32, types.uint32, WORDS))
 def draw(low, high, out):
     """See `twins.draw`."""
     for i in range(len(out)):  # numba widens sums and products of 32 bits to 64
@@ -270,14 +381,14 @@ def draw(low, high, out):
         out[i] = x ^ x >> np.uint32(15)
 
 
-@_compile(types.void(_read_only(types.uint32, 1), types.int64[::1]))
+@compiled(types.void(read_only(types.uint32, 1), types.int64[::1]))
 def count_upper(bits, out):
     """See `twins.count_upper`."""
     for i in range(len(bits)):
         out[bits[i] >> np.uint32(16)] += 1
 
 
-@_compile(types.void(_read_only(types.uint32, 1), types.uint32, types.int64[::1]))
+@compiled(types.void(read_only(types.uint32, 1), types.uint32, types.int64[::1]))
 def count_lower(bits, upper, out):
     """See `twins.count_lower`."""
     for i in range(len(bits)):
@@ -285,7 +396,25 @@ def count_lower(bits, upper, out):
             out[bits[i] & np.uint32(0xFFFF)] += 1
 
 
-@_compile(types.void(DELTAS, WORDS))
+@helper
+def _vote(deltas, side):
+    """−1 where the sum of the changes in the order of the targets is negative, else 1; see `twins.majority`."""
+    last, one = len(deltas) - 1, np.float32(1)
+    if not last:
+        for i in range(len(side)):
+            side[i] = -one if deltas[0, i] < 0 else one
+        return
+    for i in range(len(side)):
+        side[i] = deltas[0, i] + deltas[1, i]
+    for j in range(2, last + 1):
+        its = deltas[j]
+        for i in range(len(side)):
+            side[i] += its[i]
+    for i in range(len(side)):
+        side[i] = -one if side[i] < 0 else one
+
+
+@compiled(types.void(DELTAS, WORDS))
 def majority(deltas, sign):
     """See `twins.majority`."""
     total = np.empty(TILE, np.float32)
@@ -301,7 +430,7 @@ def majority(deltas, sign):
             part[i] = np.uint32(0x80000000) if total[i] < 0 else np.uint32(0)
 
 
-@_compile(types.void(DELTAS, _read_only(types.uint32, 1), _read_only(types.float32, 1), NUMBERS))
+@compiled(types.void(DELTAS, read_only(types.uint32, 1), read_only(types.float32, 1), NUMBERS))
 def add_agreeing(deltas, sign, table, total):
     """See `twins.add_agreeing`."""
     turned, which = np.empty(TILE, np.uint32), np.empty(TILE, np.int32)
@@ -327,15 +456,7 @@ def add_agreeing(deltas, sign, table, total):
             turned_out[i] ^= its_sign[i]
 
 
-@_helper
-def _delta(rows, codes, start, m, pivot, j, out):
-    """The change of target j in the numbers start … start + m, of which `pivot` holds the pivot's."""
-    _tile(rows[j + 1], codes[j + 1], start, m, out)
-    for i in range(m):
-        out[i] -= pivot[i]
-
-
-@_compile(types.void(ROWS, CODES, types.int64, types.float64[::1]))
+@compiled(types.void(ROWS, CODES, types.int64, types.float64[::1]))
 def squares(rows, codes, n, out):
     """See `twins.squares`."""
     count = len(rows) - 1
@@ -343,19 +464,15 @@ def squares(rows, codes, n, out):
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
         _tile(rows[0], codes[0], start, m, pivot)
+        delta[m:] = 0
         for j in range(count):
-            delta[m:] = 0
-            _delta(rows, codes, start, m, pivot, j, delta)
-            its = lanes[j]
-            for r in range(0, m, LANES):
-                for lane in range(LANES):
-                    value = np.float64(delta[r + lane])
-                    its[lane] += value * value
+            _delta(rows[j + 1], codes[j + 1], start, m, pivot, delta)
+            _add_squares(delta, m, lanes[j])
     for j in range(count):
         out[j] += _fold(lanes[j])
 
 
-@_helper
+@helper
 def _mark_above(bits, m, cut, inside):
     """Which magnitudes are among the largest, as 1 and 0; see `twins._dropped`."""
     limit, equal = np.uint32(cut[0]), 0
@@ -376,7 +493,7 @@ def _mark_above(bits, m, cut, inside):
         i += 1
 
 
-@_helper
+@helper
 def _drop(values, at, m, drop, inside, outside):
     """See `twins._dropped`; `values` are those from `at` on in their block."""
     if drop[0] == 1:
@@ -392,32 +509,33 @@ def _drop(values, at, m, drop, inside, outside):
             values[i] *= np.float32(np.int32(inside[i] < chance))
 
 
-@_compile(types.void(ROWS, CODES, types.int64, types.int64[:, ::1], types.float64[:, ::1]))
-def sizes(rows, codes, n, drops, out):
-    """See `twins.sizes`."""
+@helper
+def sizes_at(at, rows, codes, n, drops, out):
+    """As `sizes`, for the numbers from `at` on of those that `drops` speaks of."""
     count = len(rows) - 1
     pivot, delta = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
     inside, outside, lanes = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.zeros((2 * count, LANES))
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
         _tile(rows[0], codes[0], start, m, pivot)
+        delta[m:] = 0
         for j in range(count):
-            delta[m:] = 0
-            _delta(rows, codes, start, m, pivot, j, delta)
-            whole, kept = lanes[2 * j], lanes[2 * j + 1]
-            for r in range(0, m, LANES):
-                for lane in range(LANES):
-                    whole[lane] += np.float64(abs(delta[r + lane]))
-            _drop(delta, start, m, drops[j], inside, outside)
-            for r in range(0, m, LANES):
-                for lane in range(LANES):
-                    kept[lane] += np.float64(abs(delta[r + lane]))
+            _delta(rows[j + 1], codes[j + 1], start, m, pivot, delta)
+            _add_sizes(delta, m, lanes[2 * j])
+            _drop(delta, at + start, m, drops[j], inside, outside)
+            _add_sizes(delta, m, lanes[2 * j + 1])
     for j in range(count):
         out[j, 0] += _fold(lanes[2 * j])
         out[j, 1] += _fold(lanes[2 * j + 1])
 
 
-@_compile(types.void(ROWS, CODES, types.int64, CODES, CODES, types.int64[:, ::1]))
+@compiled(types.void(ROWS, CODES, types.int64, DROPS, types.float64[:, ::1]))
+def sizes(rows, codes, n, drops, out):
+    """See `twins.sizes`."""
+    sizes_at(0, rows, codes, n, drops, out)
+
+
+@compiled(types.void(ROWS, CODES, types.int64, CODES, CODES, types.int64[:, ::1]))
 def count_changes(rows, codes, n, targets, uppers, out):
     """See `twins.count_changes`."""
     pivot, delta = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
@@ -426,7 +544,7 @@ def count_changes(rows, codes, n, targets, uppers, out):
         m = min(TILE, n - start)
         _tile(rows[0], codes[0], start, m, pivot)
         for k in range(len(targets)):
-            _delta(rows, codes, start, m, pivot, targets[k], delta)
+            _delta(rows[targets[k] + 1], codes[targets[k] + 1], start, m, pivot, delta)
             its, upper = out[k], np.uint32(uppers[k])
             if uppers[k] < 0:
                 for i in range(m):
@@ -437,38 +555,52 @@ def count_changes(rows, codes, n, targets, uppers, out):
                         its[bits[i] & np.uint32(0xFFFF)] += 1
 
 
-@_compile(types.void(ROWS, CODES, types.int64, types.int64[:, ::1], _read_only(types.float32, 1), types.boolean,
-                     _read_only(types.float32, 1), types.float64, NUMBERS))
-def elect(rows, codes, n, drops, factors, vote_first, table, scale, out):
-    """See `twins.elect`."""
-    count, factor = len(rows) - 1, np.float32(scale)
-    pivot, room, sign = np.empty(TILE, np.float32), np.empty(count * TILE, np.float32), np.empty(TILE, np.uint32)
-    inside, outside = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32)
+@helper
+def elect_at(at, rows, codes, n, drops, factors, vote_first, table, scale, out):
+    """As `elect`, for the numbers from `at` on of those that `drops` speaks of, into the first n of `out`."""
+    count, factor, zero, one = len(rows) - 1, np.float32(scale), np.float32(0), np.float32(1)
+    pivot, room, side = np.empty(TILE, np.float32), np.empty(count * TILE, np.float32), np.empty(TILE, np.float32)
+    inside, outside, which = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.empty(TILE, np.int32)
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
+        part, deltas = out[start:start + m], room[:count * m].reshape(count, m)
         _tile(rows[0], codes[0], start, m, pivot)
-        deltas = room[:count * m].reshape(count, m)
-        for j in range(count):
-            _delta(rows, codes, start, m, pivot, j, deltas[j])
-            _drop(deltas[j], start, m, drops[j], inside, outside)
-        if vote_first:
-            majority(deltas, sign[:m])
         for j in range(count):
             its, weight = deltas[j], factors[j]
+            _delta(rows[j + 1], codes[j + 1], start, m, pivot, its)
+            _drop(its, at + start, m, drops[j], inside, outside)
+            if not vote_first:
+                for i in range(m):
+                    its[i] *= weight
+        _vote(deltas, side[:m])
+        part[:] = 0
+        if len(table):
+            which[:] = 0
+        for j in range(count):
+            its, weight = deltas[j], factors[j] if vote_first else one
+            if len(table):
+                for i in range(m):
+                    which[i] |= np.int32(its[i] * weight * side[i] > zero) << j
             for i in range(m):
-                its[i] *= weight
-        if not vote_first:
-            majority(deltas, sign[:m])
-        part = out[start:start + m]
-        add_agreeing(deltas, sign[:m], table, part)
+                agreeing = its[i] * weight * side[i]
+                part[i] += zero if agreeing <= zero else agreeing
+        if len(table):
+            for i in range(m):
+                part[i] /= table[which[i]]
         if scale != 1:
             for i in range(m):
                 part[i] *= factor
         for i in range(m):
-            part[i] += pivot[i]
+            part[i] = part[i] * side[i] + pivot[i]
 
 
-@_compile(types.void(DELTAS, NUMBERS))
+@compiled(types.void(ROWS, CODES, types.int64, DROPS, FACTORS, types.boolean, FACTORS, types.float64, NUMBERS))
+def elect(rows, codes, n, drops, factors, vote_first, table, scale, out):
+    """See `twins.elect`."""
+    elect_at(0, rows, codes, n, drops, factors, vote_first, table, scale, out)
+
+
+@compiled(types.void(DELTAS, NUMBERS))
 def spread(deltas, out):
     """See `twins.spread`."""
     mean, total, count = np.empty(TILE), np.empty(TILE), np.float64(len(deltas))
@@ -491,7 +623,7 @@ def spread(deltas, out):
             part[i] = np.float32(np.sqrt(total[i] / count))
 
 
-@_compile(types.void(DELTAS, DELTAS, types.float32[:, ::1]))
+@compiled(types.void(DELTAS, DELTAS, types.float32[:, ::1]))
 def multiply(left, right, out):
     """See `twins.multiply`."""
     columns = right.shape[1]
@@ -506,7 +638,7 @@ def multiply(left, right, out):
                     part[i] += factor * its[i]
 
 
-@_compile(types.void(_read_only(types.uint64, 1), types.int64, _read_only(types.uint64, 2), types.uint64[:, ::1]))
+@compiled(types.void(read_only(types.uint64, 1), types.int64, read_only(types.uint64, 2), types.uint64[:, ::1]))
 def hash_words(words, first, keys, sums):
     """See `twins.hash_words`."""
     size, at = keys.shape[1], 0

@@ -1,11 +1,15 @@
 """Stored numbers read and handled without the interpreter: many blocks of one tensor of several models in one call.
 
-Each block is read into `rows`, which stay in the second-level cache, added to the digests, and handled there by the loops of
-`kernels`, so every bit is the one that a block at a time gives. A loop returns how many numbers it handled: it stops before a
-block that cannot be read whole or is not finite, and the caller, who can say what is wrong, does that one by itself.
+Each block is read into `rows`, which stay in the second-level cache, added to the digests, and handled there by the loop of
+the same name in `kernels`, so every bit is the one that a block at a time gives. A loop returns how many numbers it handled:
+it stops before a block that cannot be read whole or is not finite, and the caller, who can say what is wrong, does that one
+by itself.
 
 `files` [models, 3] int64: open file, first byte of the tensor, whether to take a digest; `hashes` [models, chunks, 2] gets
 the sums of the digest's chunks from `start` on. There is no twin: `blocks` reads in Python where this cannot be had.
+
+numba's cache looks at the file of a loop only, and these loops hold those of another one. KERNELS is the digest of that one (a
+test says when it must be brought up to date), so that whoever gets new kernels gets a new file here.
 """
 
 from __future__ import annotations
@@ -13,32 +17,34 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
+from fusion.compiled import kernels
 from fusion.compiled.kernels import (
-    _F32,
-    _F64,
     BYTES,
     CODES,
-    _compile,
-    _helper,
-    _read_only,
+    DROPS,
+    FACTORS,
+    NUMBERS,
     all_finite,
+    elect_at,
     hash_words,
-    sum_changes,
-    weigh,
+    sizes_at,
 )
 from fusion.compiled.twins import BLOCK
 
-FILES, KEYS, HASHES, FILLED = _read_only(types.int64, 2), _read_only(types.uint64, 2), types.uint64[:, :, ::1], types.uint8[:, ::1]
+KERNELS = "44ec3c4ad974dd9f"
+FILES, KEYS = kernels.read_only(types.int64, 2), kernels.read_only(types.uint64, 2)
+HASHES, FILLED = types.uint64[:, :, ::1], types.uint8[:, ::1]
 COUNT, SUMS = types.int64, types.float64[:, ::1]
+WHERE = (FILES, CODES, COUNT, COUNT, FILLED, KEYS, HASHES)
 _pread = types.ExternalFunction("pread", types.intp(types.int32, types.uintp, types.uintp, types.int64))
 
 
-@_helper
+@kernels.helper
 def _item(code):
-    return 8 if code == _F64 else 4 if code == _F32 else 2
+    return 8 if code == kernels.F64 else 4 if code == kernels.F32 else 2
 
 
-@_compile(types.boolean(FILES, CODES, COUNT, COUNT, FILLED, KEYS, HASHES, COUNT))
+@kernels.compiled(types.boolean(*WHERE, COUNT))
 def fill(files, codes, start, n, rows, keys, hashes, at):
     """Read the numbers start … start + n of every model into `rows`, their hashes into `hashes` as those from `at` on."""
     for m in range(len(files)):
@@ -58,15 +64,15 @@ def fill(files, codes, start, n, rows, keys, hashes, at):
     return True
 
 
-@_compile(COUNT(FILES, CODES, COUNT, COUNT, FILLED, KEYS, HASHES, SUMS, SUMS))
-def changes(files, codes, start, n, rows, keys, hashes, part, sums):
+@kernels.compiled(COUNT(*WHERE, SUMS, SUMS))
+def sum_changes(files, codes, start, n, rows, keys, hashes, part, sums):
     """Add the sums of every block to `sums` [J + 1, 3]; see `twins.sum_changes`. `part`: room for those of one block."""
     at = 0
     while at < n:
         m, size = min(BLOCK, n - at), 0.0
         if not fill(files, codes, start + at, m, rows, keys, hashes, at):
             break
-        sum_changes(rows, codes, m, part)
+        kernels.sum_changes(rows, codes, m, part)
         for j in range(len(part)):
             size += part[j, 0]
         if not np.isfinite(size):
@@ -76,19 +82,79 @@ def changes(files, codes, start, n, rows, keys, hashes, part, sums):
     return at
 
 
-@_compile(COUNT(FILES, CODES, COUNT, COUNT, FILLED, KEYS, HASHES, _read_only(types.float64, 1), COUNT, BYTES))
-def weighed(files, codes, start, n, rows, keys, hashes, weights, code, out):
+@kernels.compiled(COUNT(*WHERE, kernels.read_only(types.float64, 1), COUNT, BYTES))
+def weigh(files, codes, start, n, rows, keys, hashes, weights, code, out):
     """Write the weighted average of every block into `out`; see `twins.weigh`."""
     at, item = 0, _item(code)
     while at < n:
         m = min(BLOCK, n - at)
         if not fill(files, codes, start + at, m, rows, keys, hashes, at):
             break
-        finite = weigh(rows, codes, m, weights, code, out[at * item:(at + m) * item])
+        finite = kernels.weigh(rows, codes, m, weights, code, out[at * item:(at + m) * item])
         for j in range(len(rows)):
             if weights[j] == 0:
                 finite &= all_finite(rows[j], codes[j], m)
         if not finite:
             break
+        at += m
+    return at
+
+
+@kernels.helper
+def _sound(rows, codes, n):
+    sound = True
+    for m in range(len(rows)):
+        sound &= all_finite(rows[m], codes[m], n)
+    return sound
+
+
+@kernels.compiled(COUNT(*WHERE, types.boolean, types.float64[::1]))
+def squares(files, codes, start, n, rows, keys, hashes, check, out):
+    """Add the squares of the changes to `out`; see `twins.squares`. `check`: stop before a block that is not finite."""
+    at = 0
+    while at < n:
+        m = min(BLOCK, n - at)
+        if not fill(files, codes, start + at, m, rows, keys, hashes, at) or (check and not _sound(rows, codes, m)):
+            break
+        kernels.squares(rows, codes, m, out)
+        at += m
+    return at
+
+
+@kernels.compiled(COUNT(*WHERE, types.boolean, CODES, CODES, types.int64[:, ::1]))
+def count_changes(files, codes, start, n, rows, keys, hashes, check, targets, uppers, out):
+    """Count the changes of some targets in `out`; see `twins.count_changes`, and `squares`."""
+    at = 0
+    while at < n:
+        m = min(BLOCK, n - at)
+        if not fill(files, codes, start + at, m, rows, keys, hashes, at) or (check and not _sound(rows, codes, m)):
+            break
+        kernels.count_changes(rows, codes, m, targets, uppers, out)
+        at += m
+    return at
+
+
+@kernels.compiled(COUNT(*WHERE, types.boolean, DROPS, SUMS))
+def sizes(files, codes, start, n, rows, keys, hashes, check, drops, out):
+    """Add the magnitudes of the changes to `out`; see `twins.sizes`, and `squares`."""
+    at = 0
+    while at < n:
+        m = min(BLOCK, n - at)
+        if not fill(files, codes, start + at, m, rows, keys, hashes, at) or (check and not _sound(rows, codes, m)):
+            break
+        sizes_at(at, rows, codes, m, drops, out)
+        at += m
+    return at
+
+
+@kernels.compiled(COUNT(*WHERE, types.boolean, DROPS, FACTORS, types.boolean, FACTORS, types.float64, NUMBERS))
+def elect(files, codes, start, n, rows, keys, hashes, check, drops, factors, vote_first, table, scale, out):
+    """Write the pivot and the elected changes into `out`; see `twins.elect`, and `squares`."""
+    at = 0
+    while at < n:
+        m = min(BLOCK, n - at)
+        if not fill(files, codes, start + at, m, rows, keys, hashes, at) or (check and not _sound(rows, codes, m)):
+            break
+        elect_at(at, rows, codes, m, drops, factors, vote_first, table, scale, out[at:])
         at += m
     return at

@@ -15,6 +15,7 @@ from fusion import dtypes
 LANES = 128
 F32 = dtypes.FLOATS.index("F32")
 BLOCK = 65_536  # numbers: one block of every model stays in the second-level cache, and sums are rounded per block
+STRETCH = 8 * BLOCK  # numbers that one call of a loop in `streams` handles: what it writes is the size that disks like
 PLACES = np.arange(1 << 16, dtype=np.uint32)
 _held = threading.local()
 
@@ -208,12 +209,13 @@ def count_changes(rows: np.ndarray, codes: np.ndarray, n: int, targets: np.ndarr
 
 def elect(rows: np.ndarray, codes: np.ndarray, n: int, drops: np.ndarray, factors: np.ndarray, vote_first: bool,
           table: np.ndarray, scale: float, out: np.ndarray) -> None:
-    """Write pivot + scale · `add_agreeing` of the changes into `out` [n] float32.
+    """Write pivot + scale · `add_agreeing` of the changes into the first `n` of `out` float32.
 
     `rows` [1 + J, bytes], the pivot first; `drops` [J, 5] says what is set to 0, see `_dropped`; `factors` [J] float32 weigh
     the changes before their majority is taken, or after it if `vote_first`.
     """
     pivot, deltas = _changes(rows, codes, n)
+    out = out[:n]
     for its, drop in zip(deltas, drops, strict=True):
         _dropped(its, drop)
     sign = np.empty(n, np.uint32)

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 
 from fusion import compiled
+from fusion.compiled.twins import STRETCH
 from fusion.methods.draws import begin, draw, uniform
 from fusion.methods.lanes import lane_sum
 from fusion.methods.method import per_target
@@ -198,12 +199,10 @@ def merge_deltas(tensor: Stack, weights: np.ndarray, sparsify: KeepAll, *, elect
 def elected(tensor: Stack, factors: np.ndarray, table: np.ndarray, sparsify: KeepAll, *, factor: float = 1.0,
             vote_first: bool = False) -> Iterator[np.ndarray]:
     """Yield the blocks of θ₀ + λ·Σ of the kept changes of the elected sign, straight from stored numbers; see `twins.elect`."""
-    factors = factors.astype(np.float32)
+    factors, merged = factors.astype(np.float32), np.empty(min(STRETCH, math.prod(tensor.shape)), np.float32)
     for part in stored(tensor):
-        merged = np.empty(part.n, np.float32)
         rules = sparsify.rules(part.start, tensor.keys)
-        compiled.loops().elect(part.rows, part.codes, part.n, rules, factors, vote_first, table, float(factor), merged)
-        yield merged
+        yield merged[:part.run("elect", rules, factors, vote_first, table, float(factor), merged)]
 
 
 def count_changes(tensor: Stack, bins: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -211,7 +210,7 @@ def count_changes(tensor: Stack, bins: Sequence[tuple[int, int]]) -> np.ndarray:
     counts = np.zeros((len(bins), 1 << 16), np.int64)
     targets, uppers = np.array(bins, np.int64).reshape(-1, 2).T.copy()
     for part in stored(tensor) if bins else ():
-        compiled.loops().count_changes(part.rows, part.codes, part.n, targets, uppers, counts)
+        part.run("count_changes", targets, uppers, counts)
     return counts
 
 
@@ -243,7 +242,7 @@ def ruled_sizes(tensor: Stack, sparsify: KeepAll) -> np.ndarray:
     """Σ|Δⱼ| of all changes and of the kept ones, [2, J]."""
     out = np.zeros((tensor.count, 2))
     for part in stored(tensor):
-        compiled.loops().sizes(part.rows, part.codes, part.n, sparsify.rules(part.start, tensor.keys), out)
+        part.run("sizes", sparsify.rules(part.start, tensor.keys), out)
     return out.T
 
 

@@ -88,7 +88,7 @@ def energies(tensor: Stack, cut: Cut | None) -> tuple[np.ndarray, int]:
     total, size = np.zeros(tensor.count), math.prod(tensor.shape)
     if cut is None:
         for part in stored(tensor):
-            compiled.loops().squares(part.rows, part.codes, part.n, total)
+            part.run("squares", total)
         return total, size
     top = Top(cut)
     for deltas in changes(tensor):

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fusion import compiled
 from fusion.compiled.twins import BLOCK, F32
 
 
@@ -28,15 +29,29 @@ class Block:
     models: np.ndarray
 
 
-@dataclass(frozen=True)
+class Part(Protocol):
+    """The flat elements from `start` on as they are stored, for one loop that decodes them itself."""
+
+    start: int
+
+    def run(self, loop: str, *arguments: object) -> int:
+        """Call a loop of `compiled.loops()`, whose first arguments are rows, codes and count, with the pivot's and the models'
+        numbers; returns how many numbers it got, `STRETCH` at most. To be called once."""
+
+
+@dataclass
 class Rows:
-    """The flat elements from `start` on as they are stored, the pivot first: `rows` [1 + J, bytes] of `n` numbers each, whose
-    dtypes are `codes` [1 + J]; what loops take that decode for themselves. Overwritten by the next block."""
+    """A Part in memory: `rows` [1 + J, bytes] of `n` stored numbers each, the pivot first, whose dtypes are `codes` [1 + J]."""
 
     start: int
     n: int
     rows: np.ndarray
     codes: np.ndarray
+
+    def run(self, loop: str, *arguments: object) -> int:
+        """See Part."""
+        getattr(compiled.loops(), loop)(self.rows, self.codes, self.n, *arguments)
+        return self.n
 
 
 class Stack(Protocol):
@@ -105,8 +120,8 @@ def steady(tensor: Stack, multiple: int = 1) -> Iterator[Block]:
                 filled = 0
 
 
-def stored(tensor: Stack) -> Iterator[Rows]:
-    """A pass as `steady`, over the numbers as they are stored; a stack that has such a pass of its own saves decoding them."""
+def stored(tensor: Stack) -> Iterator[Part]:
+    """A pass over the numbers as they are stored; a stack that has such a pass of its own saves decoding them."""
     if hasattr(tensor, "stored"):
         yield from tensor.stored()
         return
