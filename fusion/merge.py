@@ -93,8 +93,8 @@ def merge(recipe: Recipe, out: str | os.PathLike, *, variation: Variation | None
 
     `variation` skips measuring when it is already known for these very checkpoints. `resume` goes on after the last finished
     shard of a merge that was killed, and measures anew. `flush`: see CheckpointWriter. `places` and `stages` are for
-    `stages.merge_stages`: where earlier results lie, and their recipes. `engine` computes the tensors (default: `compute`, in this process). Every FusionError
-    leaves no folder behind, and so does closing the generator.
+    `stages.merge_stages`: where earlier results lie, and their recipes. `engine` computes the tensors (default: `compute`, in
+    this process). Every FusionError leaves no folder behind, and so does closing the generator.
     """
     plan = MergePlan.open(recipe, out, places)
     try:
