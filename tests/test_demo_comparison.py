@@ -93,8 +93,9 @@ def test_a_small_comparison_runs_once_and_keeps_what_it_found(tmp_path):
     assert rows == [*members("source"), "pivot", SFT, MULTI, *members("target"), *MERGES]
     assert [row.model for row in done.granularities.rows] == ["VARM, model", "VARM, layer", "VARM, module", VARM, "VARM, parameter"]
     assert list(done.methods.columns) == [*DOMAINS, "average"] and len(done.aims) == 5
-    targets = {name: load_tensors(tmp_path / "seed-0" / "fused" / "targets" / name)
-               for name in (*members("target"), "target-multi", "target-sft")}
+    arms = {"seed-0": members("target"), "seed-0-not-merged": ("target-multi", "target-sft")}
+    targets = {name: load_tensors(tmp_path / folder / "fused" / "targets" / name)
+               for folder, names in arms.items() for name in names}
     head = {name: tensors["model.embed_tokens.weight"].float().numpy().tobytes() for name, tensors in targets.items()}
     assert len(set(head.values())) == len(head)  # every arm learnt something of its own
     assert not list((tmp_path / "seed-0").glob("tmp*"))

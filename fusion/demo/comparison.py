@@ -1,7 +1,7 @@
 """The paper's tables 1 and 2 in miniature: the family's fusion repeated with several seeds, every way of merging, one set of
 held-out prompts.
 
-    done = finish(compare(FOLDER, Path("outputs/demo-table")))       # about an hour on two cores; what is there is kept
+    done = finish(compare(FOLDER, Path("outputs/demo-table")))       # half an hour on two cores; what is there is kept
     print(done.methods.markdown(), done.granularities.markdown())
 """
 
@@ -62,9 +62,11 @@ def compare(family: Path, work: Path, seeds: int = 3, prompts_per_domain: int = 
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, work) from error
-    jobs = {f"seed {seed}": (measure_seed, (family, work, seed, prompts_per_domain, fusion)) for seed in range(seeds)}
-    found = yield from together({"sources": (measure_sources, (family, work, prompts_per_domain)), **jobs}, "Comparing")
-    return tables_of(found["sources"], [found[f"seed {seed}"] for seed in range(seeds)], questions(prompts_per_domain))
+    jobs = {f"seed {seed}{what}": (job, (family, work, seed, prompts_per_domain, fusion))
+            for what, job in (("", measure_merges), (", not merged", measure_arms)) for seed in range(seeds)}  # the longest first
+    found = yield from together({**jobs, "sources": (measure_sources, (family, work, prompts_per_domain))}, "Comparing")
+    return tables_of(found["sources"], [found[f"seed {seed}, not merged"] | found[f"seed {seed}"] for seed in range(seeds)],
+                     questions(prompts_per_domain))
 
 
 def measure_sources(family: Path, work: Path, prompts: int) -> Work[dict[str, list]]:
@@ -73,15 +75,22 @@ def measure_sources(family: Path, work: Path, prompts: int) -> Work[dict[str, li
     return (yield from _measured(models, work / f"sources-{prompts}.json", prompts))
 
 
-def measure_seed(family: Path, work: Path, seed: int, prompts: int, fusion: Fusion) -> Work[dict[str, list]]:
+def measure_arms(family: Path, work: Path, seed: int, prompts: int, fusion: Fusion) -> Work[dict[str, list]]:
+    """Train with one seed what the targets are compared with, and measure it."""
+    folder = work / f"seed-{seed}-not-merged"
+    made = yield from fuse_seed(family, folder, seed, ("sft", "multi"), fusion)
+    models = {SFT: str(made["target-sft"]), MULTI: str(made["target-multi"])}
+    return (yield from _measured(models, folder / f"right-{prompts}.json", prompts))
+
+
+def measure_merges(family: Path, work: Path, seed: int, prompts: int, fusion: Fusion) -> Work[dict[str, list]]:
     """Fuse with one seed, make every merge of the targets, and measure them all."""
     folder = work / f"seed-{seed}"
-    targets = yield from fuse_seed(family, folder, seed, fusion=fusion)
-    singles = {SFT: targets.pop("target-sft"), MULTI: targets.pop("target-multi"), **targets}
+    targets = yield from fuse_seed(family, folder, seed, ("pairwise",), fusion)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         merges = {name: _merged(family, targets, settings, Path(scratch) / name, seed)
                   for name, settings in merge_settings().items()}
-        models = {name: str(path) for name, path in {**singles, **merges}.items()}
+        models = {name: str(path) for name, path in {**targets, **merges}.items()}
         return (yield from _measured(models, folder / f"right-{prompts}.json", prompts))
 
 

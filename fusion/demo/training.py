@@ -24,7 +24,8 @@ def train(out: Path, only: Sequence[str] = (), seed: int = 0, steps_scale: float
     out = Path(out).absolute()
     names = _plan(out, only)
     out.mkdir(parents=True, exist_ok=True)
-    singles, targets = [name for name in names if name in RECIPES], [name for name in names if name not in RECIPES]
+    singles = sorted((name for name in names if name in RECIPES), key=lambda name: -RECIPES[name].steps)  # the longest first
+    targets = [name for name in names if name not in RECIPES]
     try:
         if singles:
             yield from together({name: (_make, (name, out, seed, steps_scale)) for name in singles}, "training")
