@@ -18,8 +18,9 @@ import shutil
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from fusion import tables
@@ -37,9 +38,9 @@ FUSION = (sys.executable, "-m", "fusion")
 ENGINE = """
 import sys, time
 from fusion import Recipe, finish, merge
-recipe, out = Recipe(sys.argv[1], tuple(sys.argv[3:])), sys.argv[2]
+flush, pivot, out, *targets = sys.argv[1:]
 started = time.perf_counter()
-finish(merge(recipe, out))
+finish(merge(Recipe(pivot, tuple(targets)), out, flush=bool(int(flush))))
 print(time.perf_counter() - started)
 """
 
@@ -78,10 +79,11 @@ class Bench:
         self.engine.append(self.timed_engine())
         self.floors.append(floor(self.folders, self.out("floor"), self.written))
 
-    def timed_engine(self) -> float:
+    def timed_engine(self, flush: bool = True) -> float:
         """Seconds of one VARM merge without the start of the command."""
         out = self.out("out-engine")
-        seconds = run([sys.executable, "-c", ENGINE, str(self.folders[0]), str(out), *map(str, self.folders[1:])]).output
+        seconds = run([sys.executable, "-c", ENGINE, str(int(flush)), str(self.folders[0]), str(out),
+                       *map(str, self.folders[1:])]).output
         shutil.rmtree(out)
         return float(seconds)
 
@@ -138,18 +140,21 @@ def bars(bench: Bench, size: str) -> Iterator[Bar]:
         yield at_most("peak anonymous memory", 0.6 if size == "1.1b" else 1.2, peak / 1e9, "GB")
 
 
-def cold(bench: Bench, runs: int) -> Bar:
-    """The merge with nothing in the page cache beside reading the files in order, alternately."""
-    reading, merging, kept = [], [], 0.0
+def cold(bench: Bench, runs: int) -> Iterator[Bar]:
+    """The merge with nothing in the page cache, flushed and not, beside reading the files in order, alternately."""
+    kinds: dict[str, Callable[[], float]] = {"reading": lambda: read_in_order(bench.folders), "merging": bench.timed_engine,
+                                             f"merging{UNFLUSHED}": partial(bench.timed_engine, flush=False)}
+    seconds, kept = {kind: [] for kind in kinds}, 0.0
     for _ in range(runs):
-        kept = max(kept, drop_cache(bench.folders))
-        reading.append(read_in_order(bench.folders))
-        kept = max(kept, drop_cache(bench.folders))
-        merging.append(bench.timed_engine())
+        for kind, measure in kinds.items():
+            kept = max(kept, drop_cache(bench.folders))
+            seconds[kind].append(measure())
+            os.sync()
     note = f" ({kept:.0%} of the files stayed in the cache: not cold)" if kept > 0.01 else ""
-    bar = at_most(f"cold merge against reading in order{note}", 1.2, statistics.median(merging) / statistics.median(reading), "×")
-    print(f"cold: reading {statistics.median(reading):.2f} s, merging {statistics.median(merging):.2f} s{note}")
-    return bar
+    found = {kind: statistics.median(its) for kind, its in seconds.items()}
+    print("cold: " + ", ".join(f"{kind} {its:.2f} s" for kind, its in found.items()) + note)
+    for kind in list(kinds)[1:]:
+        yield at_most(f"cold {kind} against reading in order{note}", 1.2, found[kind] / found["reading"], "×")
 
 
 def quick_commands(bench: Bench, runs: int) -> Iterator[Bar]:
@@ -215,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
                 bench.baseline(f"mergekit {method}", baselines.mergekit(options.mergekit, method, bench.folders, out))
     found = [*bars(bench, options.size), *quick_commands(bench, options.runs)]
     if options.cold:
-        found.append(cold(bench, options.runs))
+        found += cold(bench, options.runs)
     bench.out("out-other")
     print_tables(bench, options.size, checked, found)
     return 0 if all(bar.met for bar in found) else 1
