@@ -31,7 +31,7 @@ def test_the_benchmark_runs_and_prints_its_tables(work, capsys):
     for words in ("| varm | 1 |", "numbers as in float64 |", "| floor: read", "the merge part of varm against the floor | ≤ 2 ×",
                   "the variation report against the merge | ≥ 1.5 ×",
                   "| `preflight` imports no torch, transformers, numba | none | none | yes |",
-                  "cold merge against reading in order"):
+                  "cold merging --no-flush against reading in order", "| varm --no-flush | 1 |"):
         assert words in said
     assert {path.name for path in (work / "tiny").iterdir()} == {"pivot", "target-a", "target-b", "target-c"}
 
