@@ -24,6 +24,7 @@ fi
 
 "$python" -m ruff check .
 # What needs a browser runs beside the rest: it waits half of its time. Its words come at the end.
+unset PYTHONDONTWRITEBYTECODE  # else every command that a test starts compiles the whole project anew
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # threads of two processes would wait for each other
 browser_log=$(mktemp)
 trap 'rm -f "$browser_log"' EXIT

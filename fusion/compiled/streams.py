@@ -64,14 +64,28 @@ def fill(files, codes, start, n, rows, keys, hashes, at):
     return True
 
 
+@kernels.helper
+def _next(files, codes, start, at, n, rows, keys, hashes, check):
+    """Read the block behind the first `at` of the n numbers; returns its count, 0 at the end and where the caller must look:
+    it cannot be read whole or, if `check`, is not finite."""
+    m, sound = min(BLOCK, n - at), True
+    if m == 0 or not fill(files, codes, start + at, m, rows, keys, hashes, at):
+        return 0
+    if check:
+        for row in range(len(rows)):
+            sound &= all_finite(rows[row], codes[row], m)
+    return m if sound else 0
+
+
 @kernels.compiled(COUNT(*WHERE, SUMS, SUMS))
 def sum_changes(files, codes, start, n, rows, keys, hashes, part, sums):
     """Add the sums of every block to `sums` [J + 1, 3]; see `twins.sum_changes`. `part`: room for those of one block."""
     at = 0
-    while at < n:
-        m, size = min(BLOCK, n - at), 0.0
-        if not fill(files, codes, start + at, m, rows, keys, hashes, at):
+    while True:
+        m = _next(files, codes, start, at, n, rows, keys, hashes, False)
+        if not m:
             break
+        size = 0.0
         kernels.sum_changes(rows, codes, m, part)
         for j in range(len(part)):
             size += part[j, 0]
@@ -86,9 +100,9 @@ def sum_changes(files, codes, start, n, rows, keys, hashes, part, sums):
 def weigh(files, codes, start, n, rows, keys, hashes, weights, code, out):
     """Write the weighted average of every block into `out`; see `twins.weigh`."""
     at, item = 0, _item(code)
-    while at < n:
-        m = min(BLOCK, n - at)
-        if not fill(files, codes, start + at, m, rows, keys, hashes, at):
+    while True:
+        m = _next(files, codes, start, at, n, rows, keys, hashes, False)
+        if not m:
             break
         finite = kernels.weigh(rows, codes, m, weights, code, out[at * item:(at + m) * item])
         for j in range(len(rows)):
@@ -100,21 +114,13 @@ def weigh(files, codes, start, n, rows, keys, hashes, weights, code, out):
     return at
 
 
-@kernels.helper
-def _sound(rows, codes, n):
-    sound = True
-    for m in range(len(rows)):
-        sound &= all_finite(rows[m], codes[m], n)
-    return sound
-
-
 @kernels.compiled(COUNT(*WHERE, types.boolean, types.float64[::1]))
 def squares(files, codes, start, n, rows, keys, hashes, check, out):
     """Add the squares of the changes to `out`; see `twins.squares`. `check`: stop before a block that is not finite."""
     at = 0
-    while at < n:
-        m = min(BLOCK, n - at)
-        if not fill(files, codes, start + at, m, rows, keys, hashes, at) or (check and not _sound(rows, codes, m)):
+    while True:
+        m = _next(files, codes, start, at, n, rows, keys, hashes, check)
+        if not m:
             break
         kernels.squares(rows, codes, m, out)
         at += m
@@ -125,9 +131,9 @@ def squares(files, codes, start, n, rows, keys, hashes, check, out):
 def count_changes(files, codes, start, n, rows, keys, hashes, check, targets, uppers, out):
     """Count the changes of some targets in `out`; see `twins.count_changes`, and `squares`."""
     at = 0
-    while at < n:
-        m = min(BLOCK, n - at)
-        if not fill(files, codes, start + at, m, rows, keys, hashes, at) or (check and not _sound(rows, codes, m)):
+    while True:
+        m = _next(files, codes, start, at, n, rows, keys, hashes, check)
+        if not m:
             break
         kernels.count_changes(rows, codes, m, targets, uppers, out)
         at += m
@@ -138,9 +144,9 @@ def count_changes(files, codes, start, n, rows, keys, hashes, check, targets, up
 def sizes(files, codes, start, n, rows, keys, hashes, check, drops, out):
     """Add the magnitudes of the changes to `out`; see `twins.sizes`, and `squares`."""
     at = 0
-    while at < n:
-        m = min(BLOCK, n - at)
-        if not fill(files, codes, start + at, m, rows, keys, hashes, at) or (check and not _sound(rows, codes, m)):
+    while True:
+        m = _next(files, codes, start, at, n, rows, keys, hashes, check)
+        if not m:
             break
         sizes_at(at, rows, codes, m, drops, out)
         at += m
@@ -151,9 +157,9 @@ def sizes(files, codes, start, n, rows, keys, hashes, check, drops, out):
 def elect(files, codes, start, n, rows, keys, hashes, check, drops, factors, vote_first, table, scale, out):
     """Write the pivot and the elected changes into `out`; see `twins.elect`, and `squares`."""
     at = 0
-    while at < n:
-        m = min(BLOCK, n - at)
-        if not fill(files, codes, start + at, m, rows, keys, hashes, at) or (check and not _sound(rows, codes, m)):
+    while True:
+        m = _next(files, codes, start, at, n, rows, keys, hashes, check)
+        if not m:
             break
         elect_at(at, rows, codes, m, drops, factors, vote_first, table, scale, out[at:])
         at += m
