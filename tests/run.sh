@@ -28,9 +28,9 @@ unset PYTHONDONTWRITEBYTECODE  # else every command that a test starts compiles 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # threads of two processes would wait for each other
 browser_log=$(mktemp)
 trap 'rm -f "$browser_log"' EXIT
-"$python" -m pytest -m browser "$@" >"$browser_log" 2>&1 &
+"$python" -m pytest -m "browser or long" "$@" >"$browser_log" 2>&1 &
 rest=0 browser=0
-"$python" -m pytest -m "not browser" "$@" || rest=$?
+"$python" -m pytest -m "not browser and not long" "$@" || rest=$?
 wait $! || browser=$?
 cat "$browser_log"
 [ "$rest" != 5 ] || [ "$browser" != 5 ] || exit 5  # 5: there was nothing to run

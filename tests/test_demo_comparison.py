@@ -86,6 +86,7 @@ def test_a_family_that_is_not_complete_is_refused(tmp_path):
         finish(compare(FOLDER, tmp_path / "out", seeds=0))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_small_comparison_runs_once_and_keeps_what_it_found(tmp_path):
     done = finish(compare(FOLDER, tmp_path, seeds=1, prompts_per_domain=1, fusion=TINY))
