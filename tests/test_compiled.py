@@ -296,6 +296,18 @@ def test_a_merge_on_a_device_is_the_same_to_float32_rounding(device, method, tmp
     assert not np.array_equal(mine, pivot)
 
 
+@pytest.mark.parametrize("method", ["sce", "ties"])
+def test_a_device_gets_more_numbers_at_once_than_the_other_loops(device, method, tmp_path, monkeypatch):
+    random, size = np.random.default_rng(5), twins.STRETCH + 5
+    models = [str(save_checkpoint(tmp_path / name, {UP: random.normal(size=size).astype(np.float32)})) for name in "pab"]
+    here = finish(merge(Recipe(models[0], tuple(models[1:]), method=method), tmp_path / "here"))
+    monkeypatch.setattr(compiled, "_device", device)
+    there = finish(merge(Recipe(models[0], tuple(models[1:]), method=method), tmp_path / "there",
+                         engine=partial(compute, device=None)))
+    mine, theirs = (load_tensors(result.folder)[UP].numpy() for result in (here, there))
+    np.testing.assert_allclose(mine, theirs, rtol=3e-7, atol=1e-6)
+
+
 def test_a_device_that_is_not_there_is_refused_before_work():
     with pytest.raises(ResourceError, match="no device 'warp'"):
         compiled.prepare(0, "warp")

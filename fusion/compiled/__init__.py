@@ -65,6 +65,11 @@ def block() -> int:
     return twins.BLOCK if _device is None else DEVICE_BLOCKS * twins.BLOCK
 
 
+def most() -> int:
+    """How many numbers of a model one call of a loop may handle, with `streaming` or without."""
+    return max(twins.STRETCH, block())
+
+
 def prepare(nbytes: int, device: str | None = None) -> None:
     """Load the compiled loops if handling `nbytes` pays for it; returns when they are ready or must first be compiled.
 

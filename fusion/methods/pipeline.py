@@ -13,7 +13,6 @@ from functools import partial
 import numpy as np
 
 from fusion import compiled
-from fusion.compiled.twins import STRETCH
 from fusion.methods.draws import begin, draw, uniform
 from fusion.methods.lanes import lane_sum
 from fusion.methods.method import per_target
@@ -199,7 +198,7 @@ def merge_deltas(tensor: Stack, weights: np.ndarray, sparsify: KeepAll, *, elect
 def elected(tensor: Stack, factors: np.ndarray, table: np.ndarray, sparsify: KeepAll, *, factor: float = 1.0,
             vote_first: bool = False) -> Iterator[np.ndarray]:
     """Yield the blocks of θ₀ + λ·Σ of the kept changes of the elected sign, straight from stored numbers; see `twins.elect`."""
-    factors, merged = factors.astype(np.float32), np.empty(min(STRETCH, math.prod(tensor.shape)), np.float32)
+    factors, merged = factors.astype(np.float32), np.empty(min(compiled.most(), math.prod(tensor.shape)), np.float32)
     for part in stored(tensor):
         rules = sparsify.rules(part.start, tensor.keys)
         yield merged[:part.run("elect", rules, factors, vote_first, table, float(factor), merged)]

@@ -36,7 +36,7 @@ class Part(Protocol):
 
     def run(self, loop: str, *arguments: object) -> int:
         """Call a loop of `compiled.loops()`, whose first arguments are rows, codes and count, with the pivot's and the models'
-        numbers; returns how many numbers it got, `STRETCH` at most. To be called once."""
+        numbers; returns how many numbers it got, `compiled.most()` at most. To be called once."""
 
 
 @dataclass
