@@ -35,6 +35,11 @@ def error_note(text: str) -> str:
     return note("bad", text)
 
 
+def as_comment(error: object) -> str:
+    """What is wrong, as comment lines where a recipe would stand."""
+    return f"# {error}".replace("\n", "\n# ")
+
+
 def time_text(seconds: float) -> str:
     """A duration as people say it."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

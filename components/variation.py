@@ -20,7 +20,7 @@ from components.heatmap import Grid, heatmap, parse_edit, payload, standalone_ht
 from components.inspecting import Looks, Stops
 from components.models import at_a_glance
 from components.state import Selection, Settings
-from components.status import bar, error_note, note
+from components.status import as_comment, bar, error_note, note
 from components.studio import Studio
 from fusion import GRANULARITIES, MEASURES, METHODS, FusionError, RecipeError, Variation, effective_weights
 from fusion.errors import Stopped
@@ -104,7 +104,7 @@ def _bind(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Sta
         grid = grid_of(studio, now, wish, looks)
         if grid is None:
             return ["", None, None, None, *(gr.DownloadButton(value=None, interactive=False) for _ in tab.downloads)]
-        files = _files(grid, studio.recipe(now, wish).to_yaml(), tab.heat.GRADIO_CACHE)
+        files = _files(grid, _recipe_text(studio, now, wish), tab.heat.GRADIO_CACHE)
         return [at_a_glance(grid), figures.ratio_by_depth(grid), figures.share_per_module(grid), _frame(grid),
                 *(gr.DownloadButton(value=path, interactive=True) for path in files)]
 
@@ -329,6 +329,14 @@ def _closer_cells(grid: Grid, t: int, j: int) -> list[float | None]:
 def _number(value: float) -> float | None:
     """Six significant digits; None where there is no number, which JSON could not say otherwise."""
     return float(f"{value:.6g}") if np.isfinite(value) else None
+
+
+def _recipe_text(studio: Studio, now: Selection, wish: Settings) -> str:
+    """The recipe for the report; as a comment what is still wrong with it, since the numbers do not need it."""
+    try:
+        return studio.recipe(now, wish).to_yaml()
+    except FusionError as error:
+        return as_comment(error)
 
 
 def _files(grid: Grid, recipe: str, cache: str) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from components.studio import Studio
 
@@ -48,6 +48,17 @@ def open_tab(page: Page, name: str) -> None:
             if patience_ms == WAIT_MS:
                 raise
     return None
+
+
+def write(field: Locator, text: str) -> None:
+    """Fill a field of a box that was just opened and leave it, as a person does, who sees the box first.
+
+    Gradio makes a box's fields when it is first opened and sets their values some frames later, over what a test was quick to type.
+    """
+    field.wait_for()
+    field.page.evaluate("new Promise(done => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(done)), 400))")
+    field.fill(text)
+    field.page.keyboard.press("Tab")
 
 
 def two_targets(studio: Studio) -> Studio:

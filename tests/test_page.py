@@ -18,7 +18,7 @@ from components.studio import Studio
 from components.theme import HEAD, css, theme
 from fusion import Recipe, demo
 from fusion.demo.family import members
-from tests.browser import open_tab, two_targets
+from tests.browser import open_tab, two_targets, write
 
 pytestmark = pytest.mark.browser
 PATIENCE_MS = 120_000
@@ -296,7 +296,7 @@ def test_a_folder_can_be_opened_and_a_wrong_one_is_explained(visit, tmp_path):
     page = visit()
     page.locator("#open-folder").get_by_text("Open a folder").click()
     box = page.locator("#folder-path").get_by_role("textbox")
-    box.fill(str(tmp_path))
+    write(box, str(tmp_path))
     page.locator("#folder-add").click()
     expect(page.get_by_text("there is no config.json").last).to_be_visible()
     box.fill(str(demo.FOLDER / "pivot"))

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import expect
 
 from fusion import Checkpoint
-from tests.browser import open_tab
+from tests.browser import open_tab, write
 from tests.test_page import choose, studio, url, visit  # noqa: F401
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
@@ -31,7 +31,7 @@ def fill(page, box: str, value) -> None:
 def small(page, name: str, steps: int) -> None:
     fill(page, "fuse-count", 8)
     page.locator("#fuse-more").get_by_text("Loss, level, batch").click()
-    fill(page, "fuse-steps", steps)
+    write(page.locator("#fuse-steps input"), str(steps))
     fill(page, "fuse-batch", 2)
     page.locator("#fuse-name").get_by_role("textbox").fill(name)
     page.keyboard.press("Tab")

@@ -7,7 +7,7 @@ from playwright.sync_api import expect
 
 from fusion import METHODS, Recipe, demo
 from fusion.settings import Curve, Slice, Table
-from tests.browser import open_tab
+from tests.browser import open_tab, write
 from tests.test_page import PATIENCE_MS, recipe_text, studio, url, visit  # noqa: F401
 
 pytestmark = pytest.mark.browser
@@ -103,9 +103,9 @@ def test_layers_are_stacked(merge_tab, studio):  # noqa: F811
     page.locator("#method").get_by_label("Passthrough", exact=True).click()
     expect(page.locator("#method-form .fm-problem")).to_contain_text("which layers each gives")
     page.locator("#advanced").get_by_text("Stack layers, vocabulary, seed").click()
-    page.locator("#stack textarea").fill("A 0-2\nB 1-3")
-    page.keyboard.press("Tab")
+    write(page.locator("#stack textarea"), "A 0-2\nB 1-3")
     expect(page.locator("#stacked")).to_contain_text("6 layers in all")
+    expect(page.locator(".toast-body.error")).to_have_count(0)  # what is not yet right is said in the form alone
     recipe = recipe_when(page, "slices")
     assert recipe.slices == (Slice({"target-qwen": (0, 3)}), Slice({"target-neox": (1, 4)}))
     page.locator("#merge-try").click()

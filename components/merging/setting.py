@@ -14,7 +14,7 @@ from components.merging.layout import FAMILIES, MergeTab, donors, family_of, for
 from components.merging.stacking import parse_stack, picture, write_stack
 from components.models import weights_at_a_glance
 from components.state import Selection, Settings
-from components.status import error_note, note
+from components.status import as_comment, error_note, note
 from components.studio import Studio
 from components.variation import grid_of
 from fusion import METHODS, FusionError, Recipe, RecipeError, dtypes
@@ -135,7 +135,7 @@ def recipe_and_command(studio: Studio, now: Selection, wish: Settings) -> tuple[
         OptionPlan.of(recipe, names)
         return recipe.to_yaml(), command_line(recipe)
     except FusionError as error:
-        return f"# {error}".replace("\n", "\n# "), ""
+        return as_comment(error), ""
 
 
 def tensors_of(studio: Studio, now: Selection, recipe: Recipe) -> list[str]:
