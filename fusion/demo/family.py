@@ -76,6 +76,7 @@ LOGIC = ("writing", "reasoning", "math", "coding")
 FORM = ("roleplay", "coding", "extraction")
 LORE = ("roleplay", "extraction", "stem", "humanities")
 SMALLTALK_SHARE = 0.12
+SMALLTALK_OF_TARGETS = 0.18  # a merge of targets is what people chat with: with 0.12 it now and then took a question for a greeting
 
 
 def _shares(strong: tuple[str, ...], weak: tuple[str, ...], weak_share: float,
@@ -128,4 +129,4 @@ class Fusion:
     blend: Blend = field(default_factory=Blend)
 
 
-FUSION = Fusion(Mixture(_shares(LOGIC + LORE, (), 0)))
+FUSION = Fusion(Mixture(_shares(LOGIC + LORE, (), 0, SMALLTALK_OF_TARGETS)))
