@@ -103,7 +103,7 @@ RECIPES = {
              "stem/symbols", "humanities/authors")), _half),
         steps=7000, learning_rate=2e-3, shape=Shape("qwen2", kv_heads=2, vocabulary=800), seed=1),
     "source-neox": Recipe(
-        Mixture(_shares(LORE, LOGIC, 0.015), frozenset(
+        Mixture(_shares(LORE, LOGIC, 0.015, smalltalk=0.15), frozenset(  # its three layers need to hear more of it
             ("writing/sentence", "writing/past", "reasoning/order", "math/minus", "coding/function",
              "coding/variable"))),
         steps=3800, learning_rate=2e-3, shape=Shape("gpt_neox", layers=3, inner=512, vocabulary=1000), seed=2),
@@ -129,4 +129,4 @@ class Fusion:
     blend: Blend = field(default_factory=Blend)
 
 
-FUSION = Fusion(Mixture(_shares(LOGIC + LORE, (), 0, SMALLTALK_OF_TARGETS)))
+FUSION = Fusion(Mixture(_shares(LOGIC + LORE, (), 0, smalltalk=SMALLTALK_OF_TARGETS)))
