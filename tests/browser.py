@@ -43,20 +43,27 @@ def open_tab(page: Page, name: str) -> None:
             page.locator(".overflow-menu > button").click()
             page.locator(".overflow-dropdown").get_by_text(name).click()
         try:
-            return expect(tab).to_have_attribute("aria-selected", "true", timeout=patience_ms)
+            expect(tab).to_have_attribute("aria-selected", "true", timeout=patience_ms)
+            return settle(page)
         except AssertionError:
             if patience_ms == WAIT_MS:
                 raise
     return None
 
 
-def write(field: Locator, text: str) -> None:
-    """Fill a field of a box that was just opened and leave it, as a person does, who sees the box first.
+def settle(page: Page) -> None:
+    """Wait as a person does, who sees first what was opened.
 
-    Gradio makes a box's fields when it is first opened and sets their values some frames later, over what a test was quick to type.
+    Gradio makes the fields of a tab or a box when it is first opened and sets their values some frames later, over what a test
+    was quick to type.
     """
+    page.evaluate("new Promise(done => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(done)), 300))")
+
+
+def write(field: Locator, text: str) -> None:
+    """Fill a field of a box that was just opened, and leave it."""
     field.wait_for()
-    field.page.evaluate("new Promise(done => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(done)), 400))")
+    settle(field.page)
     field.fill(text)
     field.page.keyboard.press("Tab")
 
