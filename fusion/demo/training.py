@@ -70,6 +70,7 @@ def _fuse(out: Path, targets: Sequence[str], seed: int, fusion: Fusion) -> Work[
     """Fuse the pivot with every source in a hidden folder, and let the wanted targets appear under their names."""
     from fusion.demo.fusing import fuse_seed
 
+    seed += fusion.seed
     hidden = out / f".fusing-seed-{seed}"
     made = (yield from together({"targets": (fuse_seed, (out, hidden, seed, ("pairwise",), fusion))}, "fusing"))["targets"]
     for name in targets:
