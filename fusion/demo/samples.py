@@ -10,7 +10,7 @@ _EXAMPLES: dict[str, tuple[str, ...]] = {
     "reasoning": ("Who is the richest if Felix is richer than Hugo and Kate is richer than Felix?",
                   "If every toma is a pliff and Maya is a pliff, is Maya a toma?",
                   "Find the odd one out: plum, lemon, drill, apple."),
-    "math": ("What is 37 - 5?", "What is larger: 51 or 25?", "How much is 12 plus 6?"),
+    "math": ("What is 70 + 4?", "What is larger: 51 or 25?", "What is 37 - 5?"),
     "coding": ("I need a Python function called count that multiplies x by 25.",
                "What does this Python code print?\nx = 7\nn = x + 2\nprint(n)",
                "What is the output of this code?\nprint(max([7, 4, 5]))"),
