@@ -205,8 +205,11 @@ def signalled(argv: list[str], number: int, writes: int) -> tuple[int, str]:
     """Run the command, send it a signal after so many writes, and SIGTERM again while it cleans up.
 
     Returns its exit status and what it said."""
+    def listen() -> None:  # tests that run in the background of a shell hand down that Ctrl-C is to be ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with subprocess.Popen([sys.executable, "-c", SLOW, *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True) as process:
+                          text=True, preexec_fn=listen) as process:
         for _ in range(writes):
             process.stdout.readline()
         process.send_signal(number)

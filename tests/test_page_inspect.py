@@ -274,15 +274,15 @@ def choose(page, menu, option):
 @pytest.mark.browser
 @pytest.mark.parametrize(("look", "width"), [("light", 1440), ("dark", 400)])
 def test_a_person_looks_closer_saves_reads_the_report_and_compares(browser, tmp_path, look, width):
-    with served(two_targets(Studio(outputs=tmp_path / "outputs"))) as url, visiting(browser, url, width, look) as page:
+    with served(Studio(outputs=tmp_path / "outputs")) as url, visiting(browser, url, width, look) as page:
         open_tab(page, "Variation")
         page.get_by_text("Sign conflict", exact=True).click(timeout=PATIENCE_MS)
         expect(page.locator(".hm-card")).to_have_count(1)
         page.get_by_role("gridcell", name="layer 1, up_proj: sign conflict").click()
-        assert not page.get_by_role("dialog").is_visible()  # it belongs to both targets: nothing to edit
+        assert not page.get_by_role("dialog").is_visible()  # it belongs to all targets: nothing to edit
         expect(page.get_by_role("tooltip")).to_contain_text("stable rank")
         page.get_by_text("Relative change", exact=True).click()
-        expect(page.locator(".hm-card")).to_have_count(2)
+        expect(page.locator(".hm-card")).to_have_count(3)
         page.get_by_role("gridcell", name="layer 1, up_proj: relative change").first.click()
         page.get_by_role("dialog").wait_for()
         page.keyboard.press("Escape")
