@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from functools import lru_cache
 from pathlib import Path
 
@@ -60,6 +61,11 @@ def save_raw(folder: Path, header: dict | bytes, data: bytes = b"", length: int 
     claimed = len(text) if length is None else length
     (folder / "model.safetensors").write_bytes(claimed.to_bytes(8, "little") + text + data)
     return folder
+
+
+def hear_interrupts() -> None:
+    """For a child before it starts: a shell makes what it runs in the background deaf to SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:

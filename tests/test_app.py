@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 # Python runs this module at its start: it notes every address outside the loopback that is connected to or looked up.
 WATCH = """
 import os, socket
+from tests.conftest import hear_interrupts
 def note(address):
     host = str(address[0] if isinstance(address, tuple) else address)
     if not host.startswith(("127.", "::1", "localhost", "0.0.0.0", "/")):
@@ -33,11 +34,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _hear_interrupts() -> None:
-    """A shell starts what it runs in the background deaf to SIGINT, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture
 def started(tmp_path):
     """A running app and the file that lists its calls to the outside."""
@@ -47,7 +43,7 @@ def started(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "CALLS": str(calls), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "app.py", "--port", str(port), "--outputs", str(tmp_path / "outputs")]
     app = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                           preexec_fn=_hear_interrupts)
+                           preexec_fn=hear_interrupts)
     yield app, f"http://127.0.0.1:{port}", calls
     app.kill()
     app.wait()

@@ -28,7 +28,7 @@ from fusion.errors import CheckpointError, FusionError, OutputError, ResourceErr
 from fusion.merge import merge
 from fusion.progress import finish
 from fusion.recipe import Recipe
-from tests.conftest import save_checkpoint, snapshot, tiny_tokenizer
+from tests.conftest import hear_interrupts, save_checkpoint, snapshot, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(60)
@@ -205,11 +205,8 @@ def signalled(argv: list[str], number: int, writes: int) -> tuple[int, str]:
     """Run the command, send it a signal after so many writes, and SIGTERM again while it cleans up.
 
     Returns its exit status and what it said."""
-    def listen() -> None:  # tests that run in the background of a shell hand down that Ctrl-C is to be ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     with subprocess.Popen([sys.executable, "-c", SLOW, *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, preexec_fn=listen) as process:
+                          text=True, preexec_fn=hear_interrupts) as process:
         for _ in range(writes):
             process.stdout.readline()
         process.send_signal(number)
