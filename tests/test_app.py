@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import hear_interrupts
+
 ROOT = Path(__file__).parents[1]
 # Python runs this module at its start: it notes every address outside the loopback that is connected to or looked up.
 WATCH = """
 import os, socket
-from tests.conftest import hear_interrupts
 def note(address):
     host = str(address[0] if isinstance(address, tuple) else address)
     if not host.startswith(("127.", "::1", "localhost", "0.0.0.0", "/")):
