@@ -127,7 +127,7 @@ def demo_records(count: int, seed: int) -> tuple[dict, ...]:
 def examples() -> list[tuple[str, str]]:
     """Questions and replies to look at in the alignment view."""
     texts = [[message["content"] for message in record["messages"] if message["role"] != "system"]
-             for record in demo_records(_EXAMPLES * 4, 10)]
+             for record in demo_records(_EXAMPLES * 4, 6)]
     return sorted(((asked, answer) for asked, answer, *_ in texts), key=lambda pair: -len(pair[1]))[:_EXAMPLES]
 
 
