@@ -255,6 +255,16 @@ def tokens(page, count: int) -> None:
     expect(box).to_have_value(str(count))
 
 
+def idle(page) -> None:
+    """Wait until the answers are complete and the page stands still: the end of an answer moves what a test would click."""
+    from playwright.sync_api import expect
+
+    from tests.browser import settle
+
+    expect(page.locator("#chat-clear")).to_be_enabled(timeout=60_000)
+    settle(page)
+
+
 def send(page, text: str, wait: bool = True) -> None:
     from playwright.sync_api import expect
 
@@ -263,7 +273,7 @@ def send(page, text: str, wait: bool = True) -> None:
     if wait:
         # A short answer is over before one could see that Stop was enabled; the emptied box tells that it was sent.
         expect(page.locator("#chat-prompt textarea")).to_have_value("", timeout=60_000)
-        expect(page.locator("#chat-clear")).to_be_enabled(timeout=30_000)
+        idle(page)
 
 
 def said(page, column: str, who: str):
@@ -326,12 +336,12 @@ def test_undo_retry_edit_and_clear_keep_the_columns_in_step(page):
     page.locator("#chat-bot-b").get_by_label("Submit").click()
     for column in "abc":
         expect(said(page, column, "user")).to_have_text(["Changed"], timeout=60_000)
-    expect(page.locator("#chat-clear")).to_be_enabled(timeout=60_000)
+    idle(page)
     tokens(page, 9)
     page.locator("#chat-bot-c").get_by_label("Retry").click()
     expect(page.locator("#chat-head-a .fc-stats")).to_contain_text("9 tok", timeout=60_000)
     expect(said(page, "a", "user")).to_have_text(["Changed"])
-    expect(page.locator("#chat-clear")).to_be_enabled(timeout=60_000)
+    idle(page)
     page.locator("#chat-clear").click()
     for column in "abc":
         expect(said(page, column, "user")).to_have_count(0)
@@ -352,7 +362,7 @@ def test_two_to_four_columns_and_a_model_that_was_not_asked(page):
     expect(said(page, "c", "bot")).to_contain_text("Not asked yet")
     page.locator("#chat-retry").click()
     expect(page.locator("#chat-head-c .fc-stats")).to_contain_text("5 tok", timeout=60_000)
-    expect(page.locator("#chat-clear")).to_be_enabled(timeout=60_000)
+    idle(page)
 
 
 @pytest.mark.browser
