@@ -7,7 +7,7 @@ import pytest
 from components.heatmap import Edit
 from components.state import MergeRef, Selection, Settings
 from components.studio import Studio
-from components.variation import edited, grid_of
+from components.variation import _recipe_text, edited, grid_of
 from fusion import FusionError, OutputError, Recipe, RecipeError, ResourceError, demo, finish
 from tests.browser import two_targets
 from tests.conftest import save_family, snapshot
@@ -163,3 +163,10 @@ def test_the_error_of_a_broken_folder_does_not_show_its_path(tmp_path):
     with pytest.raises(FusionError) as caught:
         studio.checkpoint(key)
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_the_variation_report_stands_while_the_recipe_lacks_something(tmp_path):
+    studio = Studio(outputs=tmp_path / "outputs")
+    now = studio.first_selection()
+    assert _recipe_text(studio, now, Settings()).startswith("fusechat:")
+    assert _recipe_text(studio, now, Settings().with_method("passthrough")).startswith("# recipe: targets: passthrough takes 1")
