@@ -24,6 +24,7 @@ import numpy as np
 from fusion import compiled
 from fusion.dtypes import FLOATS, ITEM_BYTES
 from fusion.progress import Meter, Work
+from fusion.threads import THREADS
 
 if TYPE_CHECKING:
     from fusion.checkpoint import Checkpoint
@@ -115,12 +116,12 @@ def digest_tensor(checkpoint: Checkpoint, name: str, stop: threading.Event | Non
     return digest.value()
 
 
-def digest_checkpoint(checkpoint: Checkpoint, known: Mapping[str, str] | None = None, threads: int = 2) -> Work[str]:
+def digest_checkpoint(checkpoint: Checkpoint, known: Mapping[str, str] | None = None) -> Work[str]:
     """Read every tensor that is not `known` (name → digest) and return the checkpoint's digest; yields Progress per tensor."""
-    return checkpoint_digest((yield from digest_tensors(checkpoint, known, threads)))
+    return checkpoint_digest((yield from digest_tensors(checkpoint, known)))
 
 
-def digest_tensors(checkpoint: Checkpoint, known: Mapping[str, str] | None = None, threads: int = 2) -> Work[dict[str, str]]:
+def digest_tensors(checkpoint: Checkpoint, known: Mapping[str, str] | None = None) -> Work[dict[str, str]]:
     """The digest of every tensor by its name; reads those that are not `known`."""
     values = {name: value for name, value in (known or {}).items() if name in checkpoint.info}
     todo = [name for name in checkpoint.info if name not in values]
@@ -128,7 +129,7 @@ def digest_tensors(checkpoint: Checkpoint, known: Mapping[str, str] | None = Non
     compiled.prepare(meter.bytes_total)
     stop = threading.Event()
     yield meter.step()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         try:
             jobs = {pool.submit(digest_tensor, checkpoint, name, stop): name for name in todo}
             for job in as_completed(jobs):

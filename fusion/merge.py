@@ -29,7 +29,8 @@ from fusion.errors import CheckpointError, RecipeError
 from fusion.plan import MergePlan
 from fusion.progress import Meter, Work
 from fusion.recipe import Recipe
-from fusion.variation import THREADS, TensorSums, Variation, gather, measure, sum_tensor
+from fusion.threads import THREADS
+from fusion.variation import TensorSums, Variation, gather, measure, sum_tensor
 from fusion.version import VERSION
 from fusion.weights import measured_weights
 from fusion.writer import MAX_SHARD_BYTES, CheckpointWriter

@@ -22,13 +22,13 @@ from fusion.journal import reclaimable_bytes
 from fusion.methods import METHODS
 from fusion.methods.stack import BLOCK
 from fusion.tables import bytes_text
+from fusion.threads import THREADS
 
 LEVELS = ("good", "warning", "bad")
 FUSE_FIRST = "It needs pairwise fusion first: that turns any chat model into a target of the pivot's shape."
 _HARMLESS = {"_name_or_path", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
              "eos_token_id", "pad_token_id", "tie_word_embeddings"}  # settings that do not change what a weight means
 _HEADS = {"num_attention_heads", "num_key_value_heads", "head_dim", "n_head"}  # equal shapes, other meaning
-_THREADS = 2
 RUNTIME_BYTES = 60_000_000  # Python and numpy
 _COMPILED_BYTES = 140_000_000  # numba and its machine code, loaded when the work is worth it
 _COMPILED_FROM_BYTES = 150_000_000
@@ -157,7 +157,7 @@ def peak_memory_bytes(pivot: Checkpoint, targets: int, read_bytes: int, method: 
     largest = max((tensor.numel for tensor in pivot.info.values()), default=1)
     blocks = (5 * targets + 16) * min(max(BLOCK, row), largest) * 4
     whole = (targets + 2) * largest // 64 + (targets * largest // 8 if "drop by rank" in METHODS[method].stages else 0)
-    return RUNTIME_BYTES + (_COMPILED_BYTES if read_bytes >= _COMPILED_FROM_BYTES else 0) + _THREADS * (blocks + whole)
+    return RUNTIME_BYTES + (_COMPILED_BYTES if read_bytes >= _COMPILED_FROM_BYTES else 0) + THREADS * (blocks + whole)
 
 
 def available_memory_bytes() -> int | None:

@@ -26,9 +26,9 @@ from fusion.dtypes import FLOATS
 from fusion.errors import CheckpointError, RecipeError, Stopped, nearest
 from fusion.preflight import mergeable_names, preflight
 from fusion.progress import Meter, Work
+from fusion.threads import THREADS
 
 MEASURES = ("square", "absolute")
-THREADS = 2
 
 
 @dataclass(frozen=True)

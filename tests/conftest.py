@@ -16,6 +16,7 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # expected numbers are a processor's; =0 for what test_compiled does on a GPU
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # no test reaches the network; test_hub plays the Hub itself
 settings.register_profile("house", max_examples=40, deadline=None)
 settings.load_profile("house")

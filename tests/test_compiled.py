@@ -29,8 +29,14 @@ ROOT = Path(__file__).parent.parent
 RANDOM = np.random.default_rng(5)
 SIZES = st.sampled_from([1, 2, 7, 127, 128, 129, 2047, 2048, 2049, 5000])
 CODES = st.integers(0, 3)
+HALF = dtypes.FLOATS.index("BF16")  # all in it go a way of their own
 SPECIAL = np.array([0.0, -0.0, 1.0, -1.0, 1 + 2**-8, 1 + 3 * 2**-8, 65504, 65519.99, 65520, 6e-8, 2.9e-8, 1e-40, -1e-45, 3.3e38,
                     3.4028235e38], np.float32)
+
+
+def codes_of(least: int, most: int):
+    """The dtypes of that many models."""
+    return st.one_of(st.lists(CODES, min_size=least, max_size=most), st.lists(st.just(HALF), min_size=least, max_size=most))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,7 @@ def test_reading_and_rounding_are_the_same(kernels, n, code, seed, sick):
 
 
 @settings(max_examples=60)
-@given(n=SIZES, codes=st.lists(CODES, min_size=2, max_size=5), seed=st.integers(0, 999), sick=st.booleans())
+@given(n=SIZES, codes=codes_of(2, 5), seed=st.integers(0, 999), sick=st.booleans())
 def test_sums_are_the_same_so_no_multiplication_is_fused_with_an_addition(kernels, n, codes, seed, sick):
     with np.errstate(over="ignore"):
         rows = np.stack([stored(numbers(n, seed + m, sick), code) for m, code in enumerate(codes)])
@@ -88,7 +94,7 @@ def test_sums_are_the_same_so_no_multiplication_is_fused_with_an_addition(kernel
 
 
 @settings(max_examples=60)
-@given(n=SIZES, codes=st.lists(CODES, min_size=1, max_size=4), code=CODES, seed=st.integers(0, 999), sick=st.booleans())
+@given(n=SIZES, codes=codes_of(1, 4), code=st.one_of(CODES, st.just(HALF)), seed=st.integers(0, 999), sick=st.booleans())
 def test_weighted_models_are_the_same_and_those_of_the_method(kernels, n, codes, code, seed, sick):
     random = np.random.default_rng(seed)
     weights = random.dirichlet(np.ones(len(codes))) * (random.random(len(codes)) < .8)
@@ -169,11 +175,11 @@ DROPS = ((0, 0, 0, 0, 0), (1, 0x3A800000, 3, 0x3F800000, 1), (1, 0, 9999, 0x7FFF
 
 
 @settings(max_examples=60)
-@given(n=st.sampled_from([1, 127, 2048, 5000]), codes=st.lists(CODES, min_size=2, max_size=5), seed=st.integers(0, 999),
-       sick=st.booleans(), vote_first=st.booleans(), divided=st.booleans(), scale=st.sampled_from([1.0, .7]))
-def test_what_is_taken_from_stored_numbers_is_the_same(kernels, n, codes, seed, sick, vote_first, divided, scale):
+@given(n=st.sampled_from([1, 127, 2048, 5000]), codes=codes_of(2, 5), seed=st.integers(0, 999),
+       sick=st.booleans(), vote_first=st.booleans(), divided=st.booleans(), scale=st.sampled_from([1.0, .7]), dropped=st.booleans())
+def test_what_is_taken_from_stored_numbers_is_the_same(kernels, n, codes, seed, sick, vote_first, divided, scale, dropped):
     random, count = np.random.default_rng(seed), len(codes) - 1
-    drops = np.array(random.choice(DROPS, count), np.int64)
+    drops = np.array(random.choice(DROPS, count), np.int64) * dropped
     factors, table = random.random(count).astype(np.float32), random.random(divided << count).astype(np.float32) + 1
     targets, uppers, codes = np.array([0, count - 1]), np.array([-1, 0x3F80]), np.array(codes)
     results = []
@@ -233,7 +239,7 @@ def device():
 
 
 @settings(max_examples=40)
-@given(n=SIZES, codes=st.lists(CODES, min_size=2, max_size=5), code=CODES, seed=st.integers(0, 999), sick=st.booleans())
+@given(n=SIZES, codes=codes_of(2, 5), code=CODES, seed=st.integers(0, 999), sick=st.booleans())
 def test_a_device_averages_and_measures_the_same(device, n, codes, code, seed, sick):
     random = np.random.default_rng(seed)
     weights = random.dirichlet(np.ones(len(codes))) * (random.random(len(codes)) < .8)
@@ -254,7 +260,7 @@ def test_a_device_averages_and_measures_the_same(device, n, codes, code, seed, s
 
 
 @settings(max_examples=40)
-@given(n=SIZES, codes=st.lists(CODES, min_size=2, max_size=5), seed=st.integers(0, 999), vote_first=st.booleans(),
+@given(n=SIZES, codes=codes_of(2, 5), seed=st.integers(0, 999), vote_first=st.booleans(),
        scale=st.sampled_from([1.0, 0.3]), kind=st.integers(0, 2), divided=st.booleans())
 def test_a_device_elects_counts_and_drops_the_same(device, n, codes, seed, vote_first, scale, kind, divided):
     random, j = np.random.default_rng(seed), len(codes) - 1
@@ -420,7 +426,8 @@ def test_what_is_not_in_the_cache_is_compiled_at_once_and_what_is_there_when_it_
     assert int(waiting[1][0]) - int(waiting[1][1]) == 2 and int(waiting[1][1]) > 20
 
 
-def test_loops_that_hold_others_are_made_anew_when_those_change():
+@pytest.mark.parametrize(("held", "holder", "mark"), [("vectors", "kernels", "VECTORS"), ("kernels", "streams", "KERNELS")])
+def test_loops_that_hold_others_are_made_anew_when_those_change(held, holder, mark):
     folder = ROOT / "fusion" / "compiled"
-    now = hashlib.sha256((folder / "kernels.py").read_bytes()).hexdigest()[:16]
-    assert f'KERNELS = "{now}"' in (folder / "streams.py").read_text()
+    now = hashlib.sha256((folder / f"{held}.py").read_bytes()).hexdigest()[:16]
+    assert f'{mark} = "{now}"' in (folder / f"{holder}.py").read_text()

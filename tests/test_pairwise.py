@@ -137,6 +137,16 @@ def test_the_command(done, recipe, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["data"]["used"] == 20
 
 
+@pytest.mark.parametrize(("wish", "visible"), [("true", ""), ("", "0")])
+def test_who_asks_for_the_processor_gets_it_beside_a_gpu(done, recipe, tmp_path, monkeypatch, wish, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", wish)
+    file = tmp_path / "fuse.yaml"
+    file.write_text(recipe.to_yaml())
+    assert main(["fuse", str(file), "--out", str(done[0]), "--plan"]) == 0
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
 def test_two_processes_give_the_same_targets(recipe, tmp_path):
     small = recipe.with_(sources=recipe.sources[:1], names=recipe.names[:1], training=Training(**{
         **vars(TRAINING), "batch": 2, "max_steps": 2}))

@@ -21,7 +21,7 @@ LEVELS = (  # from the roof down: a module imports lower rows, and in its own ro
     ("dtypes", "compiled", "header", "journal", "shards", "anatomy", "files", "quantised", "checkpoint", "digest", "blocks", "view",
      "pickles", "adapter_settings", "adapters", "hub", "sources", "tables", "documents", "endpoint", "methods", "align", "tokens",
      "vocabulary"),
-    ("errors", "loading", "progress", "version"),
+    ("errors", "loading", "progress", "threads", "version"),
 )
 RANK = {module: (-row, column) for row, modules in enumerate(LEVELS) for column, module in enumerate(modules)}
 TOP = {"app.py", "fusion", "components", "assets", "tests", "requirements.txt", "README.md", "CHANGELOG.md", "pyproject.toml",

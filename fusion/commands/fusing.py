@@ -19,6 +19,9 @@ def add(command) -> None:
 
 
 def _fuse(options: argparse.Namespace) -> None:
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is not accelerate's own, the teachers for one, keeps to it as well
+
     from fusion.pairwise import FuseRecipe, plan, run
     from fusion.pairwise.stages import cost
 

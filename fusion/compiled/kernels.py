@@ -13,14 +13,22 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fusion.compiled.twins import LANES
+from fusion.compiled.vectors import (
+    AT_ONCE,
+    add_change_squares,
+    add_changes,
+    add_sizes,
+    add_squares,
+    elect_halves,
+    weigh_halves,
+)
 from fusion.dtypes import FLOATS
 
-TILE = 2048  # numbers; a multiple of LANES
-WIDE = 16  # lanes whose sums are in registers at once; LANES is a multiple of it
+VECTORS = "7cba0de826260c7a"  # the digest of that file: numba's cache looks at the file of a loop only, see `streams`
+TILE = 2048  # numbers; a multiple of LANES and of AT_ONCE
 F64, F32, _F16, _BF16 = (FLOATS.index(code) for code in ("F64", "F32", "F16", "BF16"))
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 _INFINITE, _SIGN, _NAN = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF), np.uint32(0x7FC00000)
@@ -93,83 +101,6 @@ def _float_of(context, bits):
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], ir.FloatType())
     return types.float32(types.uint32), generate
-
-
-def _by_lane(numbers, step):
-    """Code for a loop that adds something to one sum in each of LANES lanes, the sums being in registers meanwhile.
-
-    Arguments of the loop are `numbers` arrays of float32, how many of their numbers to take (the rest of the last LANES of
-    them must be 0), and arrays of sums [LANES]. `step` makes new sums of numbers and sums, WIDE lanes of each at once.
-    """
-    def generate(context, builder, signature, arguments):
-        arrays = [context.make_array(kind)(context, builder, value) if isinstance(kind, types.Array) else value
-                  for kind, value in zip(signature.args, arguments, strict=True)]
-        inputs, n, sums = arrays[:numbers], arrays[numbers], arrays[numbers + 1:]
-        kinds = [ir.VectorType(context.get_data_type(kind.dtype), WIDE) for kind in signature.args[numbers + 1:]]
-
-        def place(array, at, kind):
-            return builder.bitcast(builder.gep(array.data, [at]), kind.as_pointer())
-
-        def load(array, at, kind):
-            return builder.load(place(array, at, kind), align=alignment(kind))
-
-        def alignment(kind):
-            return kind.element.get_abi_alignment(context.target_data)
-
-        def stops(count, step):
-            return cgutils.for_range_slice(builder, ir.Constant(n.type, 0), count, ir.Constant(n.type, step), n.type)
-
-        held = [cgutils.alloca_once(builder, kind) for kind in kinds]
-        with stops(ir.Constant(n.type, LANES), WIDE) as (lane, _):
-            for slot, array, kind in zip(held, sums, kinds, strict=True):
-                builder.store(load(array, lane, kind), slot)
-            with stops(n, LANES) as (row, _):
-                at = builder.add(row, lane)
-                values = [load(array, at, ir.VectorType(ir.FloatType(), WIDE)) for array in inputs]
-                for slot, new in zip(held, step(builder, values, [builder.load(slot) for slot in held]), strict=True):
-                    builder.store(new, slot)
-            for slot, array, kind in zip(held, sums, kinds, strict=True):
-                builder.store(builder.load(slot), place(array, lane, kind), align=alignment(kind))
-        return context.get_dummy_value()
-    return generate
-
-
-def _double(builder, values):
-    return builder.fpext(values, ir.VectorType(ir.DoubleType(), WIDE))
-
-
-def _magnitude(builder, values):
-    bits = ir.VectorType(ir.IntType(64), WIDE)
-    kept = ir.Constant(bits, [0x7FFF_FFFF_FFFF_FFFF] * WIDE)
-    return builder.bitcast(builder.and_(builder.bitcast(values, bits), kept), values.type)
-
-
-@intrinsic
-def _add_squares(context, values, n, squares):
-    """Add the squares of the first n of `values` to the lanes of `squares`."""
-    def step(builder, values, sums):
-        wide = _double(builder, values[0])
-        return [builder.fadd(sums[0], builder.fmul(wide, wide))]
-    return types.void(values, n, squares), _by_lane(1, step)
-
-
-@intrinsic
-def _add_sizes(context, values, n, sizes):
-    """Add the magnitudes of the first n of `values` to the lanes of `sizes`."""
-    def step(builder, values, sums):
-        return [builder.fadd(sums[0], _magnitude(builder, _double(builder, values[0])))]
-    return types.void(values, n, sizes), _by_lane(1, step)
-
-
-@intrinsic
-def _add_changes(context, moved, pivot, n, squares, sizes, changed):
-    """Add squares and magnitudes of moved − pivot, taken in float64, to the lanes of these, and count what is not equal."""
-    def step(builder, values, sums):
-        apart = builder.fsub(_double(builder, values[0]), _double(builder, values[1]))
-        differs = builder.sext(builder.fcmp_unordered("!=", *values), sums[2].type)
-        return [builder.fadd(sums[0], builder.fmul(apart, apart)), builder.fadd(sums[1], _magnitude(builder, apart)),
-                builder.sub(sums[2], differs)]
-    return types.void(moved, pivot, n, squares, sizes, changed), _by_lane(2, step)
 
 
 @helper
@@ -293,17 +224,27 @@ def _fold(lanes):
 @compiled(types.void(ROWS, CODES, types.int64, types.float64[:, ::1]))
 def sum_changes(rows, codes, n, sums):
     """See `twins.sum_changes`."""
-    count = len(rows) - 1
-    pivot, moved = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
+    count, halves = len(rows) - 1, np.all(codes == _BF16)
+    pivot, moved, wide = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32), np.zeros(TILE)
     lanes, changed = np.zeros((2 * count + 1, LANES)), np.zeros((count, LANES), np.int32)
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
+        if halves and m % LANES == 0:
+            its = rows[0].view(np.uint16)[start:start + m]
+            for i in range(m):
+                wide[i] = np.float64(_float_of(np.uint32(its[i]) << np.uint32(16)))
+            add_squares(wide, m, lanes[2 * count])
+            for j in range(count):
+                add_changes(rows[j + 1].view(np.uint16)[start:start + m], its, wide, m, lanes[2 * j], lanes[2 * j + 1], changed[j])
+            continue
         pivot[m:], moved[m:] = 0, 0
         _tile(rows[0], codes[0], start, m, pivot)
-        _add_squares(pivot, m, lanes[2 * count])
+        for i in range(TILE):
+            wide[i] = np.float64(pivot[i])
+        add_squares(wide, m, lanes[2 * count])
         for j in range(count):
             _tile(rows[j + 1], codes[j + 1], start, m, moved)
-            _add_changes(moved, pivot, m, lanes[2 * j], lanes[2 * j + 1], changed[j])
+            add_changes(moved, pivot, wide, m, lanes[2 * j], lanes[2 * j + 1], changed[j])
     for j in range(count):
         sums[j, 0], sums[j, 1], sums[j, 2] = _fold(lanes[2 * j]), _fold(lanes[2 * j + 1]), changed[j].sum()
     sums[count, 0], sums[count, 1], sums[count, 2] = _fold(lanes[2 * count]), 0, 0
@@ -312,19 +253,23 @@ def sum_changes(rows, codes, n, sums):
 @compiled(types.boolean(ROWS, CODES, types.int64, read_only(types.float64, 1), types.int64, BYTES))
 def weigh(rows, codes, n, weights, code, out):
     """See `twins.weigh`."""
-    base = np.argmax(weights)
+    base, halves = np.argmax(weights), np.all(codes == _BF16) and code == _BF16
     heaviest, apart, shift = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    others = np.array([j for j in range(len(rows)) if j != base and weights[j] != 0], np.int64)
+    factors, worst = weights[others].astype(np.float32), np.empty(AT_ONCE, np.uint32)
     finite = True
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
+        if halves and m % AT_ONCE == 0:
+            weigh_halves(rows, base, others, factors, start, m, out.view(np.uint16), worst)
+            finite &= worst.max() < np.uint32(0x7F80)
+            continue
         _tile(rows[base], codes[base], start, m, heaviest)
         shift[:m] = 0
-        for j in range(len(rows)):
-            if j != base and weights[j] != 0:
-                weight = np.float32(weights[j])
-                _delta(rows[j], codes[j], start, m, heaviest, apart)
-                for i in range(m):
-                    shift[i] += apart[i] * weight
+        for k in range(len(others)):
+            _delta(rows[others[k]], codes[others[k]], start, m, heaviest, apart)
+            for i in range(m):
+                shift[i] += apart[i] * factors[k]
         for i in range(m):
             heaviest[i] += shift[i]
         finite &= _store(heaviest, code, out, start, m)
@@ -459,15 +404,20 @@ def add_agreeing(deltas, sign, table, total):
 @compiled(types.void(ROWS, CODES, types.int64, types.float64[::1]))
 def squares(rows, codes, n, out):
     """See `twins.squares`."""
-    count = len(rows) - 1
-    pivot, delta, lanes = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32), np.zeros((count, LANES))
+    count, halves = len(rows) - 1, np.all(codes == _BF16)
+    pivot, moved, lanes = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32), np.zeros((count, LANES))
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
+        if halves and m % LANES == 0:
+            its = rows[0].view(np.uint16)[start:start + m]
+            for j in range(count):
+                add_change_squares(rows[j + 1].view(np.uint16)[start:start + m], its, m, lanes[j])
+            continue
+        pivot[m:], moved[m:] = 0, 0
         _tile(rows[0], codes[0], start, m, pivot)
-        delta[m:] = 0
         for j in range(count):
-            _delta(rows[j + 1], codes[j + 1], start, m, pivot, delta)
-            _add_squares(delta, m, lanes[j])
+            _tile(rows[j + 1], codes[j + 1], start, m, moved)
+            add_change_squares(moved, pivot, m, lanes[j])
     for j in range(count):
         out[j] += _fold(lanes[j])
 
@@ -521,9 +471,9 @@ def sizes_at(at, rows, codes, n, drops, out):
         delta[m:] = 0
         for j in range(count):
             _delta(rows[j + 1], codes[j + 1], start, m, pivot, delta)
-            _add_sizes(delta, m, lanes[2 * j])
+            add_sizes(delta, m, lanes[2 * j])
             _drop(delta, at + start, m, drops[j], inside, outside)
-            _add_sizes(delta, m, lanes[2 * j + 1])
+            add_sizes(delta, m, lanes[2 * j + 1])
     for j in range(count):
         out[j, 0] += _fold(lanes[2 * j])
         out[j, 1] += _fold(lanes[2 * j + 1])
@@ -561,8 +511,14 @@ def elect_at(at, rows, codes, n, drops, factors, vote_first, table, scale, out):
     count, factor, zero, one = len(rows) - 1, np.float32(scale), np.float32(0), np.float32(1)
     pivot, room, side = np.empty(TILE, np.float32), np.empty(count * TILE, np.float32), np.empty(TILE, np.float32)
     inside, outside, which = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.empty(TILE, np.int32)
+    halves, votes = np.all(codes == _BF16) and not drops[:, 0].any() and not len(table), np.ones(count, np.float32)
+    if not vote_first:
+        votes[:] = factors
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
+        if halves and m % AT_ONCE == 0:
+            elect_halves(rows, votes, factors, factor, start, m, out[start:start + m])
+            continue
         part, deltas = out[start:start + m], room[:count * m].reshape(count, m)
         _tile(rows[0], codes[0], start, m, pivot)
         for j in range(count):

@@ -31,7 +31,7 @@ from fusion.compiled.kernels import (
 )
 from fusion.compiled.twins import BLOCK
 
-KERNELS = "44ec3c4ad974dd9f"
+KERNELS = "d865055ebc233def"
 FILES, KEYS = kernels.read_only(types.int64, 2), kernels.read_only(types.uint64, 2)
 HASHES, FILLED = types.uint64[:, :, ::1], types.uint8[:, ::1]
 COUNT, SUMS = types.int64, types.float64[:, ::1]

@@ -17,7 +17,7 @@ import numpy as np
 from fusion.checkpoint import Checkpoint
 from fusion.inspection.deltas import squares
 from fusion.progress import Meter, Work
-from fusion.variation import THREADS
+from fusion.threads import THREADS
 
 MAX_STEPS = 48
 TOLERANCE = 1e-4  # of σ₁², from one step to the next, twice running

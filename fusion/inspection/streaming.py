@@ -17,7 +17,8 @@ import numpy as np
 from fusion.checkpoint import Checkpoint
 from fusion.errors import Stopped
 from fusion.progress import Meter, Work
-from fusion.variation import THREADS, nonfinite
+from fusion.threads import THREADS
+from fusion.variation import nonfinite
 
 BLOCK = 32_768  # elements; the float64 work of four models stays in the cache
 WAKE_S = 0.2  # a generator can only be closed where it yields
