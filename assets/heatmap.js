@@ -77,7 +77,8 @@ function fuseHeatmap(root, send) {
   const notice = el('p', 'hm-empty');
   const cards = el('div', 'hm-cards');
   const key = el('div', 'hm-key');
-  const empty = el('p', 'hm-empty', 'Pick a pivot and at least one target to see how far every matrix moved.');
+  const NOTHING = 'Pick a pivot and at least one target to see how far every matrix moved.';
+  const empty = el('p', 'hm-empty', NOTHING);
   const live = el('div', 'hm-sr', undefined, { 'aria-live': 'polite', role: 'status' });
   const legend = el('div', 'hm-legend');
   const group = `hm-quantity-${Math.random().toString(36).slice(2)}`;
@@ -449,6 +450,7 @@ function fuseHeatmap(root, send) {
   function update(value) {
     data = value && value.targets?.length && value.blocks?.length ? value : null;
     empty.hidden = Boolean(data);
+    empty.textContent = value?.waiting || NOTHING;
     for (const node of [toolbar, hint, cards, key]) node.hidden = !data;
     if (!data) { tip.hide(); cards.replaceChildren(); notice.hidden = true; structure = ''; return; }
     draw();

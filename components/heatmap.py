@@ -41,6 +41,9 @@ watch('value', () => view.update(props.value));
 """
 
 
+WAITING = {"waiting": "Measuring how far every matrix moved …"}  # shown until there is a payload
+
+
 @dataclass(frozen=True)
 class Grid:
     """Everything the heatmap shows, as plain numbers: T tensors, J targets, float [T, J] unless said otherwise."""
@@ -207,7 +210,7 @@ def _mean(column: np.ndarray, sizes: np.ndarray, indices: Iterable[int]) -> floa
 
 
 def heatmap(value: dict | None = None, elem_id: str = "heatmap") -> gr.HTML:
-    """The component: give it a `payload`, listen to `.edit(fn)`, and read the request with `parse_edit(evt._data, grid)`."""
+    """The component: give it a `payload` or `WAITING`, listen to `.edit(fn)`, read that with `parse_edit(evt._data, grid)`."""
     return gr.HTML(value=value, elem_id=elem_id, html_template="<div class='hm'></div>", apply_default_css=False,
                    css_template=(_ASSETS / "heatmap.css").read_text(encoding="utf-8"),
                    js_on_load=_script() + _MOUNT)

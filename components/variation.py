@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import gradio as gr
 import numpy as np
-import pandas as pd
 from gradio.events import Dependency
-from gradio.processing_utils import save_bytes_to_cache
 
 from components import figures
 from components.closer import closer_look, red_flags
-from components.heatmap import Grid, heatmap, parse_edit, payload, standalone_html
+from components.downloads import as_files, as_table
+from components.heatmap import WAITING, Grid, heatmap, parse_edit, payload
 from components.inspecting import Looks, Stops
 from components.models import at_a_glance
 from components.state import Selection, Settings
@@ -31,9 +27,6 @@ from fusion.weights import WeightPlan, give_weight
 GRANULARITY_HINT = "The unit that shares one weight; its change is pooled over all its elements."
 MEASURE_HINT = "Mean of Δ² (the paper's) or of |Δ| over a unit."
 
-
-HEAD = ("tensor", "shape", "target", "variation", "ratio", "weight", "state")
-_CLOSER_HEAD = {"relative": "relative change", "stable_rank": "stable rank", "lost": "rounding loss"}
 _QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -73,7 +66,8 @@ def build(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Sta
     status = gr.HTML("", elem_id="variation-status", visible=False)
     stop = gr.Button("Stop", variant="stop", size="sm", visible=False, elem_id="variation-stop", scale=0, min_width=120)
     flags = gr.HTML("", elem_id="variation-flags", visible=False)
-    heat = heatmap(elem_id="heatmap")
+    first = studio.first_selection()
+    heat = heatmap(WAITING if first.pivot and first.targets else None)  # on a server that has just started it takes seconds
     with gr.Row(elem_id="variation-tools"):
         ask = gr.Button("Measure exactly", variant="primary", size="sm", visible=False, elem_id="measure-now", scale=0,
                         min_width=160)
@@ -104,8 +98,8 @@ def _bind(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Sta
         grid = grid_of(studio, now, wish, looks)
         if grid is None:
             return ["", None, None, None, *(gr.DownloadButton(value=None, interactive=False) for _ in tab.downloads)]
-        files = _files(grid, _recipe_text(studio, now, wish), tab.heat.GRADIO_CACHE)
-        return [at_a_glance(grid), figures.ratio_by_depth(grid), figures.share_per_module(grid), _frame(grid),
+        files = as_files(grid, _recipe_text(studio, now, wish), tab.heat.GRADIO_CACHE)
+        return [at_a_glance(grid), figures.ratio_by_depth(grid), figures.share_per_module(grid), as_table(grid),
                 *(gr.DownloadButton(value=path, interactive=True) for path in files)]
 
     def edit(now: Selection, wish: Settings, event: gr.EventData) -> Settings:
@@ -292,68 +286,9 @@ def edited(wish: Settings, edit, grid: Grid, targets: tuple[str, ...]) -> Settin
     return wish.with_given(edits)
 
 
-def _frame(grid: Grid) -> pd.DataFrame:
-    return pd.DataFrame(_rows(grid), columns=_head(grid))
-
-
-def _head(grid: Grid) -> list[str]:
-    """The columns that are known."""
-    if grid.closer is None:
-        return list(HEAD)
-    own = [title for name, title in _CLOSER_HEAD.items() if name in grid.closer.cards]
-    pairs = [f"cosine {'·'.join(card.letters)}" for card in grid.closer.cards.get("cosine", ())]
-    shared = ["rounding loss of the average", "sign conflict"] if pairs else []
-    return [*HEAD, *own, *shared, *pairs]
-
-
-def _rows(grid: Grid) -> list[list]:
-    def state(t: int, j: int) -> str:
-        return "kept from pivot" if grid.excluded[t] else "edited" if grid.fixed[t, j] else ""
-
-    return [[name, "×".join(map(str, grid.shapes[t])), target, _number(grid.variation[t, j]), _number(grid.ratio[t, j]),
-             _number(grid.weight[t, j]), state(t, j), *_closer_cells(grid, t, j)]
-            for t, name in enumerate(grid.tensors) for j, target in enumerate(grid.targets)]
-
-
-def _closer_cells(grid: Grid, t: int, j: int) -> list[float | None]:
-    """One row's part of what a closer look found, in the order of `_head`."""
-    if grid.closer is None:
-        return []
-    cards = grid.closer.cards
-    chosen = [cards[name][j] for name in _CLOSER_HEAD if name in cards]
-    if "cosine" in cards:
-        chosen += [cards["lost"][-1], cards["conflict"][0], *cards["cosine"]]
-    return [_number(card.values[t]) for card in chosen]
-
-
-def _number(value: float) -> float | None:
-    """Six significant digits; None where there is no number, which JSON could not say otherwise."""
-    return float(f"{value:.6g}") if np.isfinite(value) else None
-
-
 def _recipe_text(studio: Studio, now: Selection, wish: Settings) -> str:
     """The recipe for the report; as a comment what is still wrong with it, since the numbers do not need it."""
     try:
         return studio.recipe(now, wish).to_yaml()
     except FusionError as error:
         return as_comment(error)
-
-
-def _files(grid: Grid, recipe: str, cache: str) -> list[str]:
-    """Write the report as CSV, JSON and a standalone page into Gradio's cache; returns their paths."""
-    head, rows = _head(grid), _rows(grid)
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerows([head, *([_plain(cell) for cell in row] for row in rows)])
-    data = {"granularity": grid.granularity, "measure": grid.measure, "targets": list(grid.targets),
-            **({"rounded to": grid.closer.dtype} if grid.closer else {}),
-            "tensors": [dict(zip(head, row, strict=True)) for row in rows]}
-    page = standalone_html(grid, title="Variation and merge weights", recipe_text=recipe)
-    contents = (("fusechat-variation.csv", text.getvalue()), ("fusechat-variation.json", json.dumps(data, indent=1)),
-                ("fusechat-heatmap.html", page))
-    return [save_bytes_to_cache(content.encode(), name, cache) for name, content in contents]
-
-
-def _plain(cell: object) -> object:
-    """A spreadsheet must not take a tensor's name for a formula."""
-    return f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@" and cell else cell

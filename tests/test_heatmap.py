@@ -217,7 +217,7 @@ def served():
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
-    from components.heatmap import heatmap
+    from components.heatmap import WAITING, heatmap
 
     state = Served()
 
@@ -227,6 +227,7 @@ def served():
     with gr.Blocks() as demo:
         view = heatmap(None)
         view.edit(on_edit, None, view, show_progress="hidden")
+        gr.Button("wait").click(lambda: WAITING, None, view)
         gr.Button("fill").click(lambda: state.fresh(), None, view)
         gr.Button("wide").click(lambda: state.fresh([f"model.layers.0.mlp.m{n}.weight" for n in range(22)]), None, view)
         gr.Button("hostile").click(
@@ -246,6 +247,8 @@ def page(browser, served):
     page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
     page.goto(served.url)
     page.get_by_text("Pick a pivot and at least one target").wait_for()
+    page.get_by_role("button", name="wait").click()
+    page.get_by_text("Measuring how far every matrix moved").wait_for()
     page.get_by_role("button", name="fill").click()
     page.locator(".hm-cell").first.wait_for()
     yield page

@@ -41,9 +41,9 @@ def small(page, name: str, steps: int) -> None:
 def test_from_the_plan_to_targets_in_models(fuse_tab, studio):  # noqa: F811
     page = fuse_tab
     expect(page.locator("#fuse-stages tbody tr")).to_have_count(12)
-    small(page, "fused-here", 2)
+    small(page, "fused-here", 40)  # long enough for the page to be loaded anew meanwhile
     page.locator("#fuse-recipe-box").get_by_text("Recipe and command line").click()
-    expect(page.locator("#fuse-recipe")).to_contain_text("max_steps: 2")
+    expect(page.locator("#fuse-recipe")).to_contain_text("max_steps: 40")
     expect(page.locator("#fuse-command")).to_contain_text("python -m fusion fuse")
     page.locator("#fuse-run").click()
     expect(page.locator("#fuse-stop")).to_be_visible(timeout=PATIENCE_MS)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from components.heatmap import Edit
+from components.heatmap import WAITING, Edit
+from components.page import build
 from components.state import MergeRef, Selection, Settings
 from components.studio import Studio
 from components.variation import _recipe_text, edited, grid_of
@@ -28,6 +29,11 @@ def test_the_demo_family_is_picked_first(studio, picked):
     assert len(picked.targets) >= 2 and len(picked.sources) >= 2
     assert studio.preflight(picked).level == "good"
     assert set(studio.examples) >= {"math", "writing"}
+
+
+def test_the_page_says_that_it_measures_before_it_has(studio):
+    parts = build(studio).get_config_file()["components"]
+    assert [part["props"]["value"] for part in parts if part["props"].get("elem_id") == "heatmap"] == [WAITING]
 
 
 @pytest.mark.parametrize("key", ["", "../pivot", "demo/../demo/pivot", "/etc", "demo/pivot\0", None, 3, ["demo/pivot"]])
