@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusion.align import Alignment, by_offsets, count_pairs, map_vocabulary, remap, surface, tokenizer_kind, warp
+from fusion.align import Alignment, by_offsets, count_pairs, map_vocabulary, remap, surface, tell, tokenizer_kind, warp
 
 WORDS = st.lists(st.sampled_from(["a", "b", " a", "ab", " ab", "abc", "ba", " c", "cab", ""]), min_size=1, max_size=9)
 
@@ -167,6 +167,15 @@ def test_mappings_by_hand():
         map_vocabulary(source, pivot, "statistics")
 
 
+def test_a_longer_token_counts_for_the_one_with_which_the_pivot_begins():
+    source, pivot = [" man", " m", " mango", "x", None, "an"], [" m", "an", " ", "go"]
+    begin = {" man": 0, " mango": 0, "x": -1}
+    assert map_vocabulary(source, pivot, "spelling", begin=begin.__getitem__).tolist() == [0, 0, 0, -1, -1, 1]
+    assert map_vocabulary(source, pivot, "spelling", begin=begin.__getitem__, only=[2]).tolist() == [-1, -1, 0, -1, -1, -1]
+    with pytest.raises(ValueError, match="begins"):
+        map_vocabulary(source, pivot, "spelling")
+
+
 def test_counting_aligned_pairs():
     links = warp(["ab", "c"], ["a", "b", "c"])
     assert count_pairs([(links, [7, 8], [1, 2, 3]), (links, [7, 8], [1, 1, 3])]) == {(7, 1): 2, (7, 2): 1, (8, 3): 2}
@@ -195,6 +204,21 @@ def test_duplicates_keep_the_first_or_their_sum():
     assert found.tolist() == [[4, 9, -1]] and np.exp(chances[0]) == pytest.approx([0.5, 0.5, 0])
     found, chances = remap(straight(1), ids, logprobs, np.array([9, 4, 4]), duplicates="sum")
     assert found[0, :2].tolist() == [9, 4]  # 0.5 and 0.3 + 0.2: a tie keeps the order
+
+
+def test_a_label_gets_the_chance_of_all_tokens_that_the_source_writes_it_in():
+    """The pivot writes " man" (7), the source " m" (4) at 0.7 and then "an", both together at 0.6."""
+    ids, logprobs = np.array([[4, 9], [4, 7], [4, 9], [4, 9]]), np.log(np.array([[0.7, 0.3]] * 4))
+    gold, first = np.array([7, 7, 7, 4]), np.array([4, 4, -1, 4])
+    found, chances = tell(ids, logprobs, gold, first, np.full(4, -np.log(0.6)))
+    assert found.tolist() == [[7, 9], [7, 4], [4, 9], [4, 9]]  # the least one made room; it was there; as they are
+    assert np.exp(chances) == pytest.approx(np.array([[2 / 3, 1 / 3], [0.9, 0.1], [0.7, 0.3], [0.7, 0.3]]))
+    found, chances = tell(ids[:1], logprobs[:1], gold[:1], first[:1], np.array([0.0]))  # no more than it gave to the first
+    assert found.tolist() == [[7, 9]] and np.exp(chances[0]) == pytest.approx([0.7, 0.3])
+    found, _ = tell(np.array([[9, -1]]), np.array([[0, -np.inf]]), gold[:1], first[:1], np.array([0.1]))
+    assert found.tolist() == [[9, -1]]  # the first token is not among those that were kept
+    found, _ = tell(np.array([[-1, -1]]), np.full((1, 2), -np.inf), gold[:1], first[:1], np.array([0.1]))
+    assert found.tolist() == [[-1, -1]]
 
 
 def test_positions_without_a_counterpart_are_empty():

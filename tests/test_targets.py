@@ -162,7 +162,8 @@ def tables(teachers, stores, dialogues, blend: Blend, name: str):
 
 
 @pytest.mark.parametrize("blend", [
-    Blend(), Blend(level="turn"), Blend(level="token"), Blend(rule="avgce"), Blend(mapping="statistics"), Blend(mapping="mined"),
+    Blend(), Blend(level="turn"), Blend(level="token"), Blend(mapping="spelling"), Blend(rule="avgce"),
+    Blend(mapping="statistics"), Blend(mapping="mined"),
     Blend(alignment="warp", mapping="fusechat", fallback="gold", per_character=False)], ids=lambda blend: f"{blend}"[6:60])
 def test_fused_targets_are_distributions(dialogues, teachers, stores, blend):
     pairs, table, words = tables(teachers, stores, dialogues, blend.check(), "source-qwen")
@@ -185,13 +186,34 @@ def test_mince_follows_the_losses(dialogues, teachers, stores):
         assert (fused.choice[usable] == better).all() and (fused.choice[~usable] == 0).all()
 
 
+def encoded(reached, ends) -> Encoded:
+    """One reply whose labels have the ids 1, 2 … and are predicted after so many characters."""
+    count = len(reached)
+    return Encoded("", np.arange(count + 1), np.arange(1, count + 1), np.zeros(count, np.int32), np.array(reached),
+                   np.array(ends, bool))
+
+
+@pytest.mark.parametrize(("reached", "expected"), [([0, 2, 8], {7: .5, 9: .3, 2: .2}), ([0, 2, 6, 8], {7: .5, 9: .3, 2: .2}),
+                                                   ([0, 2, 5, 8], {7: .5, 9: .5})])
+def test_a_label_that_the_source_cuts_gets_the_chance_of_its_pieces(reached, expected):
+    """The source writes characters 2 to 5 as token 2, at 0.5, which is token 9 for the pivot, and 5 to 8 as token 3, at 0.4.
+
+    The pivot's second label, its token 2, ends with the second piece, within it, or with the first: then nothing is to be done.
+    """
+    count = len(reached)
+    pivot, source = encoded(reached, [0] * (count - 1) + [1]), encoded([0, 2, 5, 8], [0, 0, 0, 1])
+    ids, chances = np.array([[1, 7, -1], [7, 2, -1], [3, 7, -1], [4, 7, -1]]), np.array([[.9, .1], [.5, .5], [.6, .4], [.9, .1]])
+    logprobs = np.pad(np.log(chances), ((0, 0), (0, 1)), constant_values=-np.inf)
+    rows = Rows(ids, logprobs, np.zeros(4), -np.log(np.array([.9, .5, .4, .9])))
+    own = Rows(np.ones((count, 1), int), np.zeros((count, 1)), np.zeros(count), np.full(count, 5.0))
+    table = np.array([0, 1, 9, 3, 4, 5, 6, 7])
+    fused = fuse_dialogue((pivot, own), [(source, rows, table)], Blend(mapping="spelling"))
+    said = zip(fused.ids[1].tolist(), fused.chances[1].tolist(), strict=True)
+    assert {token: chance for token, chance in said if token >= 0} == pytest.approx(expected)
+
+
 def test_token_losses_add_up_to_the_reply():
     """The pivot reads "going" in one token, the source in two: its loss there is the sum of both."""
-    def encoded(reached, ends) -> Encoded:
-        count = len(reached)
-        return Encoded("", np.arange(count + 1), np.arange(1, count + 1), np.zeros(count, np.int32), np.array(reached),
-                       np.array(ends, bool))
-
     pivot, source = encoded([0, 2, 8], [0, 0, 1]), encoded([0, 2, 5, 8], [0, 0, 0, 1])
     rows = Rows(np.zeros((4, 1), np.int32), np.zeros((4, 1)), np.zeros(4), np.array([1.0, 2.0, 4.0, 8.0]))
     own = Rows(np.zeros((3, 1), np.int32), np.zeros((3, 1)), np.zeros(3), np.array([1.0, 6.5, 8.0]))

@@ -8,9 +8,10 @@
 Tokens are compared by their *surface*, the text a token stands for, whatever marks its tokenizer uses.
 """
 
-from fusion.align.remap import remap
+from fusion.align.remap import remap, tell
 from fusion.align.sequence import Alignment, by_offsets, warp
 from fusion.align.surface import surface, tokenizer_kind
 from fusion.align.vocabulary import MAPPINGS, count_pairs, map_vocabulary
 
-__all__ = ["MAPPINGS", "Alignment", "by_offsets", "count_pairs", "map_vocabulary", "remap", "surface", "tokenizer_kind", "warp"]
+__all__ = ["MAPPINGS", "Alignment", "by_offsets", "count_pairs", "map_vocabulary", "remap", "surface", "tell",
+           "tokenizer_kind", "warp"]

@@ -44,3 +44,29 @@ def remap(links: Alignment, ids: np.ndarray, logprobs: np.ndarray, table: np.nda
     found[at[whole]] = np.where(np.isfinite(chance), mapped, -1)[whole]
     chances[at[whole]] = (chance - np.where(np.isfinite(total), total, 0))[whole]
     return found, chances.astype(np.float32)
+
+
+def tell(ids: np.ndarray, logprobs: np.ndarray, gold: np.ndarray, first: np.ndarray, nats: np.ndarray
+         ) -> tuple[np.ndarray, np.ndarray]:
+    """Give the pivot's label the chance that a source gives to its whole text, where it writes that in several tokens.
+
+    `ids`, `logprobs` [M, k] as from `remap`; `gold` [M] the pivot's labels; `first` [M] the pivot id of the token with which
+    the source begins them, −1 where nothing is to be done; `nats` [M] −log p of all its tokens there. The chance is taken from
+    that one, which would otherwise teach the pivot to begin as the source does; the least probable entry makes room where there
+    is none.
+    """
+    ids, chances = ids.copy(), np.where(ids >= 0, np.exp(logprobs.astype(np.float64)), 0)
+    for i in np.flatnonzero((first >= 0) & (first != gold) & np.isfinite(nats)):
+        begun, known = np.flatnonzero(ids[i] == first[i]), np.flatnonzero(ids[i] == gold[i])
+        if len(begun):
+            given = min(float(np.exp(-nats[i])), chances[i, begun[0]])
+            chances[i, begun[0]] -= given
+            place = known[0] if len(known) else int(np.argmin(chances[i]))
+            if not len(known):
+                ids[i, place], chances[i, place] = gold[i], 0
+            chances[i, place] += given
+            chances[i] /= chances[i].sum()
+    order = np.argsort(-chances, axis=1, kind="stable")
+    ids, chances = np.take_along_axis(ids, order, 1), np.take_along_axis(chances, order, 1)
+    with np.errstate(divide="ignore"):
+        return np.where(chances > 0, ids, -1).astype(np.int32), np.log(chances).astype(np.float32)

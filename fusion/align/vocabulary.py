@@ -1,20 +1,20 @@
 """Vocabulary mapping: which pivot token stands for each source token.
 
-Three mappings: "exact" (the same surface), "mined" (else the pivot token with the smallest edit distance) and "statistics"
-(the pivot token it was aligned with most often in a corpus). What has no counterpart is −1: its probability is dropped and
-the rest renormalised, never sent to an unknown token.
+Four mappings: "exact" (the same surface), "spelling" (else the token with which the pivot begins to write the same text),
+"mined" (else the pivot token with the smallest edit distance) and "statistics" (the pivot token it was aligned with most often
+in a corpus). What has no counterpart is −1: its probability is dropped and the rest renormalised, never sent to an unknown token.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from fusion.align.sequence import Alignment
 
-MAPPINGS = ("exact", "mined", "statistics", "fusechat")
+MAPPINGS = ("exact", "spelling", "mined", "statistics", "fusechat")
 Counts = Mapping[tuple[int, int], int]  # (pivot id, source id) → how often they were aligned
 
 
@@ -28,20 +28,24 @@ def count_pairs(alignments: Iterable[tuple[Alignment, Sequence[int], Sequence[in
 
 
 def map_vocabulary(source: Sequence[str | None], pivot: Sequence[str | None], mapping: str = "exact", *,
-                   counts: Counts | None = None, only: Iterable[int] | None = None,
-                   forced: Mapping[int, int] | None = None) -> np.ndarray:
+                   counts: Counts | None = None, only: Iterable[int] | None = None, forced: Mapping[int, int] | None = None,
+                   begin: Callable[[str], int] | None = None) -> np.ndarray:
     """The pivot id for every source id, −1 for none: [V_source] int32.
 
     `source`, `pivot`: surfaces by id (None = an id that stands for no text). `counts` of aligned pairs for "statistics"
     (highest count, then smallest edit distance, then lowest id) and "fusechat" (the published rule: smallest edit distance ×
-    sigmoid of the count, which makes frequent pairs slightly *worse*; here for comparison). `only`: map these source ids and
-    leave the rest −1 (a nearest search over a whole vocabulary is the costly part). `forced`: marks such as end-of-text.
+    sigmoid of the count, which makes frequent pairs slightly *worse*; here for comparison). `begin` for "spelling": the pivot id
+    that a text begins with, −1 for none; several source tokens then have one pivot token, and `remap` must sum them. `only`:
+    map these source ids and leave the rest −1 (a nearest search over a whole vocabulary is the costly part). `forced`: marks
+    such as end-of-text.
     Source: FuseLLM, arXiv 2401.10491; FuseChat 2.0, arXiv 2408.07990.
     """
     if mapping not in MAPPINGS:
         raise ValueError(f"unknown mapping {mapping!r}; known: {', '.join(MAPPINGS)}")
     if mapping in ("statistics", "fusechat") and counts is None:
         raise ValueError(f"mapping {mapping!r} needs the counts of aligned pairs")
+    if mapping == "spelling" and begin is None:
+        raise ValueError("mapping 'spelling' needs to know how the pivot begins a text")
     wanted = list(range(len(source)) if only is None else sorted(set(only)))
     table = np.full(len(source), -1, np.int32)
     by_surface: dict[str, int] = {}
@@ -51,6 +55,10 @@ def map_vocabulary(source: Sequence[str | None], pivot: Sequence[str | None], ma
     table[wanted] = [by_surface.get(source[s], -1) if source[s] is not None else -1 for s in wanted]
     if mapping in ("statistics", "fusechat"):
         _by_counts(table, source, pivot, counts, set(wanted), published=mapping == "fusechat")
+    elif mapping == "spelling":
+        for s in wanted:
+            if table[s] < 0 and source[s]:
+                table[s] = begin(source[s])
     elif mapping == "mined":
         _nearest(table, source, pivot, [s for s in wanted if table[s] < 0 and source[s] is not None])
     for s, p in (forced or {}).items():

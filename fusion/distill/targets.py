@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fusion.align import Alignment, by_offsets, count_pairs, map_vocabulary, remap, surface, tokenizer_kind, warp
+from fusion.align import MAPPINGS, Alignment, by_offsets, count_pairs, map_vocabulary, remap, surface, tell, tokenizer_kind, warp
 from fusion.distill.encoding import Encoded, Encoder
 from fusion.distill.fuse import LEVELS, Distributions, fuse, unit_losses
 from fusion.distill.store import Rows
@@ -26,7 +26,8 @@ class Blend:
     """How distributions are aligned and fused; the defaults are exact where the papers approximate.
 
     `alignment` "offsets" (exact, equal reply texts) or "warp" (the papers' dynamic programme), `mapping` of the vocabulary
-    (see `align.map_vocabulary`), `rule` "mince" or "avgce", `level` at which losses are compared: "dialogue" (the paper),
+    (see `align.map_vocabulary`; with "spelling" a label that the source writes in several tokens also gets the chance of all of
+    them, see `align.tell`), `rule` "mince" or "avgce", `level` at which losses are compared: "dialogue" (the paper),
     "turn" or "token". `per_character`: compare nats per character (right across vocabularies) instead of per token.
     `fallback` where nothing corresponds: the "pivot"'s own distribution or the "gold" label alone (the papers).
     """
@@ -40,9 +41,14 @@ class Blend:
     with_pivot: bool = True
     duplicates: str = "first"
 
+    @property
+    def sums(self) -> bool:
+        """Whether the chances of source tokens with one pivot token are added up."""
+        return self.duplicates == "sum" or self.mapping == "spelling"
+
     def check(self) -> Blend:
         """Return self, or raise RecipeError for the first unknown word."""
-        known = {"alignment": ALIGNMENTS, "mapping": ("exact", "mined", "statistics", "fusechat"), "rule": ("mince", "avgce"),
+        known = {"alignment": ALIGNMENTS, "mapping": MAPPINGS, "rule": ("mince", "avgce"),
                  "level": LEVELS, "fallback": ("pivot", "gold"), "duplicates": ("first", "sum")}
         for name, words in known.items():
             value = getattr(self, name)
@@ -73,7 +79,7 @@ class Vocabulary:
     """The surfaces of a tokenizer's ids and its end tokens, as alignment compares them."""
 
     def __init__(self, encoder: Encoder):
-        tokenizer = encoder.tokenizer
+        self._tokenizer = tokenizer = encoder.tokenizer
         entries = tokenizer.get_vocab()
         kind = tokenizer_kind(entries)
         self.surfaces: list[str | None] = [None] * (max(entries.values(), default=-1) + 1)
@@ -81,6 +87,14 @@ class Vocabulary:
         for token, i in entries.items():
             if i not in special:
                 self.surfaces[i] = surface(token, kind)
+
+    def begin(self, text: str) -> int:
+        """The id with which this tokenizer begins to write a text, −1 where it cannot write just that."""
+        for written in (text, text.removeprefix(" ")):  # some put a space before every text
+            ids = self._tokenizer(written, add_special_tokens=False)["input_ids"] if written else []
+            if ids and "".join(self.of(ids)) == text:
+                return ids[0]
+        return -1
 
     def of(self, ids: np.ndarray) -> list[str]:
         """The surfaces of some ids; "" for marks."""
@@ -128,7 +142,7 @@ def vocabulary_table(pivot: Vocabulary, source: Vocabulary, blend: Blend, seen: 
                      counts: Counter | None = None) -> np.ndarray:
     """Pivot id of every source id that was `seen`; `ends` maps the source's end tokens to the pivot's."""
     return map_vocabulary(source.surfaces, pivot.surfaces, blend.mapping, counts=counts, forced=ends,
-                          only=[i for i in seen if 0 <= i < len(source.surfaces)])
+                          begin=pivot.begin, only=[i for i in seen if 0 <= i < len(source.surfaces)])
 
 
 def pair_counts(pairs: Sequence[tuple[Encoded, Encoded]], words: tuple[Vocabulary, Vocabulary]) -> Counter:
@@ -157,7 +171,9 @@ def fuse_dialogue(pivot: tuple[Encoded, Rows], sources: Sequence[tuple[Encoded, 
     links = []
     for j, (theirs, rows, table) in enumerate(sources):
         link = link_labels(encoded, theirs, words[j] if words else None, blend.alignment)
-        ids, logprobs = remap(link, rows.ids, rows.logprobs, table, duplicates=blend.duplicates)
+        ids, logprobs = remap(link, rows.ids, rows.logprobs, table, duplicates="sum" if blend.sums else "first")
+        if blend.mapping == "spelling":
+            ids, logprobs = tell(ids, logprobs, encoded.targets, *_begun(link, encoded, theirs, rows, table))
         models.append(Distributions(ids, logprobs, _gold_nats(link, encoded, theirs, rows)))
         links.append(link)
     turns = int(encoded.turn.max(initial=-1)) + 1
@@ -204,6 +220,21 @@ def _compared(models: Sequence[Distributions], by_turn: np.ndarray, pivot: Encod
         size = _spelt(its) if blend.per_character else np.ones(len(its.labels))
         whole.append(unit_losses(row.nats, size, np.zeros(len(its.labels), int), 1)[0])
     return np.repeat(np.array(whole)[:, None], len(pivot.labels), axis=1)
+
+
+def _begun(link: Alignment, pivot: Encoded, source: Encoded, rows: Rows, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the source writes a label of the pivot in several tokens: the pivot id of the first of them, [L], −1 elsewhere; and
+    −log p of all of them, [L]: of that text, or at least of one that begins so, where the last token reaches beyond it."""
+    running = np.concatenate(([0.0], np.cumsum(rows.nats, dtype=np.float64)))
+    ending = {int(turn): i + 1 for i, turn in enumerate(source.turn)}  # one past the last label of every reply
+    first, nats = np.full(len(link), -1, np.int64), np.full(len(link), np.nan)
+    for i in np.flatnonzero(link.usable[:-1] >= 0):
+        begin, turn = int(link.usable[i]), int(pivot.turn[i])
+        if pivot.turn[i + 1] == turn:
+            stop = begin + 1 + int(np.searchsorted(source.reached[begin + 1:ending[turn]], pivot.reached[i + 1]))
+            if stop - begin > 1 and source.targets[begin] < len(table):
+                first[i], nats[i] = table[source.targets[begin]], running[stop] - running[begin]
+    return first, nats
 
 
 def _gold_nats(link: Alignment, pivot: Encoded, source: Encoded, rows: Rows) -> np.ndarray:

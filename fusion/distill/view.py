@@ -232,7 +232,7 @@ def _heard(rows: Rows, at: int, table: np.ndarray, spelt: tuple[_Speller, _Spell
     chances, found, seen = chances / chances.sum(), [], set()
     for token, chance in zip(rows.ids[at].tolist(), chances.tolist(), strict=True):
         mapped = int(table[token])
-        kept = mapped >= 0 and (mapped not in seen or blend.duplicates == "sum")
+        kept = mapped >= 0 and (mapped not in seen or blend.sums)
         seen.add(mapped)
         found.append(Heard(spelt[1].text(token), chance, spelt[0].text(mapped) if mapped >= 0 else None, kept))
     return tuple(found)
