@@ -49,9 +49,9 @@ function fuseAlignment(root) {
     requestAnimationFrame(link);
   }
 
-  // What is worth seeing first: where the source is heard and most of its words are lost, else where it is heard at all.
+  // What is worth seeing first: where the source is heard and most of its words are lost or written otherwise, else where it is heard.
   function mostTelling() {
-    return data.positions.reduce((best, its, i) => (its.chosen && (!data.positions[best].chosen || its.lost > data.positions[best].lost) ? i : best), 0);
+    return data.positions.reduce((best, its, i) => (its.chosen && (!data.positions[best].chosen || its.other > data.positions[best].other) ? i : best), 0);
   }
   function drawFacts() {
     facts.replaceChildren(...data.facts.map((fact) => {
@@ -202,20 +202,29 @@ function fuseAlignment(root) {
   function lost(its) {
     if (its.source < 0) return [];
     const part = el('div', 'al-lost');
-    if (!its.words.length) {
-      part.append(el('p', '', `Nothing was lost: every token ${data.source.name} expects has a pivot token.`));
-      return [part];
+    if (its.words.length) {
+      part.append(el('p', '', `Lost on the way: ${percent(its.lost)} of what ${data.source.name} expects.`),
+        chipsOf(its.words, ({ becomes }) => (becomes === null ? 'no pivot token' : `a second ${seen(becomes)}`)));
+    } else part.append(el('p', '', `Nothing was lost: every token ${data.source.name} expects has a pivot token.`));
+    if (its.respelt.length) {
+      part.append(el('p', '', `${data.pivot.name} writes these otherwise, so they count for the token that begins them:`),
+        chipsOf(its.respelt, ({ becomes }) => `for ${seen(becomes)}`));
     }
-    part.append(el('p', '', `Lost on the way: ${percent(its.lost)} of what ${data.source.name} expects.`));
+    if (its.pieces.length) {
+      part.append(el('p', '', `${data.source.name} writes ${seen(its.text)} in several tokens; it gets the chance of all together:`),
+        chipsOf(its.pieces.map((text) => ({ text }))));
+    }
+    return [part];
+  }
+  function chipsOf(words, fate) {
     const list = el('p', 'al-words');
-    for (const word of its.words) {
+    for (const word of words) {
       const chip = el('span');
-      const fate = word.becomes === null ? 'no pivot token' : `a second ${seen(word.becomes)}`;
-      chip.append(el('code', '', seen(word.text)), el('small', '', `${percent(word.chance)} · ${fate}`));
+      chip.append(el('code', '', seen(word.text)));
+      if (fate) chip.append(el('small', '', `${percent(word.chance)} · ${fate(word)}`));
       list.append(chip);
     }
-    part.append(list);
-    return [part];
+    return list;
   }
 
   return { update };

@@ -78,7 +78,7 @@ def test_the_bytes_of_one_letter_and_two_replies_stay_together():
 
 
 def test_a_scripted_dialogue_is_followed_through(scripted):
-    seen = view(*scripted, TALK, names=("Pivot", "NeoX"))
+    seen = view(*scripted, TALK, Blend(mapping="exact"), names=("Pivot", "NeoX"))
     assert [texts(seen, group) for group in seen.groups][:3] == [("The", "The"), (" far|mer", " f|arm|er"), (" c", " c")]
     assert texts(seen, seen.groups[-1]) == ("<|end|>", "</s>") and seen.positions[-1].token.mark
     far, mer = seen.positions[1], seen.positions[2]
@@ -99,6 +99,22 @@ def test_a_scripted_dialogue_is_followed_through(scripted):
     assert (s.token.text, seen.tokens[s.source].text, s.mapped, s.chosen) == ("s", "ss", (), 0) and s.lost == pytest.approx(1)
     # 14 of 16 places are reached by both at once (not "mer" and the second "s"), one of them in vain
     assert seen.taken == seen.carried == 13 / 16 and seen.lost == pytest.approx((13 * 0.4 + 1) / 14)
+
+
+def test_what_the_pivot_writes_otherwise_is_followed_through(scripted):
+    seen = view(*scripted, TALK, names=("Pivot", "NeoX"))
+    far, mer = seen.positions[1], seen.positions[2]
+    # " f" (0.6) stays " f", "Wh" (0.4) counts for "W", with which the pivot writes it: nothing is lost
+    heard = [(word.text, word.becomes, word.kept, word.respelt) for word in far.heard]
+    assert heard == [(" f", " f", True, False), ("Wh", "W", True, True)]
+    assert (far.lost, seen.lost) == (0, 0) and far.respelt == pytest.approx(0.4)
+    # " far" is " f|arm" to NeoX at a quarter nat each, e^-0.5 = 0.607, of which " f" has 0.6 to give
+    assert far.pieces == (" f", "arm") and mer.pieces == ()
+    assert [(entry.text, round(entry.chance, 6), entry.gold) for entry in far.mapped] == [(" far", 0.6, True), ("W", 0.4, False)]
+    # "s|s" against "ss": the true token counts for "s"
+    s = seen.positions[5]
+    assert [(entry.text, round(entry.chance, 6), entry.gold) for entry in s.mapped] == [("s", 0.6, True), ("W", 0.4, False)]
+    assert seen.taken == seen.carried == 14 / 16 and seen.respelt == pytest.approx((13 * 0.4 + 1) / 14)
 
 
 def test_the_pivot_stays_where_it_knows_better(scripted):

@@ -24,7 +24,7 @@ HOSTILE = "<img src=x onerror=alert(1)>${alert(1)}{{x}}"
 GIVEN = {"pivot": "demo/pivot", "sources": ["demo/source-qwen", "demo/source-neox"], "mode": "pairwise", "data": "demo", "count": 8,
          "path": "", "limit": 0, "lm_weight": 0.9, "learning_rate": 5e-4, "epochs": 1, "rule": "mince", "kind": "ce",
          "level": "dialogue", "batch": 4, "accumulate": 1, "max_steps": 0, "lora_rank": 0, "alignment": "offsets",
-         "mapping": "exact", "top_k": 10, "max_tokens": 512, "seed": 0, "name": "first"}
+         "mapping": "spelling", "top_k": 10, "max_tokens": 512, "seed": 0, "name": "first"}
 
 
 def values(**changes) -> tuple:
@@ -127,8 +127,9 @@ def seen(position: Position, **blend) -> AlignmentView:
 def position(**changes) -> Position:
     entries = tuple(Expected(f"t{i}", 0.1, i == 9) for i in range(10))
     basis = {"token": Token("go", False, 0), "source": 0, "pivot": entries, "mapped": entries[:2], "fused": entries[:2],
-             "heard": (Heard("x", 0.75, "x", True), Heard(HOSTILE, 0.25, None, False)), "lost": 0.25, "chosen": 1,
-             "deciding": (0.5, 0.25), "nats": (1.0, None)}
+             "heard": (Heard("x", 0.45, "x", True, False), Heard("xy", 0.3, "x", True, True),
+                       Heard(HOSTILE, 0.25, None, False, False)),
+             "lost": 0.25, "chosen": 1, "deciding": (0.5, 0.25), "nats": (1.0, None), "pieces": ("g", HOSTILE)}
     return Position(**{**basis, **changes})
 
 
@@ -137,7 +138,11 @@ def test_the_figure_gets_plain_data_with_the_true_token_and_what_was_lost():
     its = data["positions"][0]
     assert [entry["text"] for entry in its["pivot"]] == ["t0", "t1", "t2", "t3", "t4", "t5", "t9"] and its["pivot"][-1]["gold"]
     assert its["words"] == [{"text": HOSTILE, "chance": 0.25, "becomes": None}] and data["tokens"][0]["text"] == HOSTILE
-    assert (data["source"]["letter"], its["nats"]) == ("B", [1.0, None])
+    assert its["respelt"] == [{"text": "xy", "chance": 0.3, "becomes": "x"}] and its["other"] == 0.55
+    assert (data["source"]["letter"], its["nats"], its["pieces"]) == ("B", [1.0, None], ("g", HOSTILE))
+    assert data["facts"][-1] == {"value": "30.0%", "text": "of its words Pivot writes in other tokens"}
+    lossy = payload(seen(position(), mapping="exact"))["facts"][-1]
+    assert lossy == {"value": "25.0%", "text": "of its words are lost between the vocabularies"}
 
 
 @pytest.mark.parametrize(("changes", "blend", "words"), [

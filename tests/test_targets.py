@@ -186,6 +186,15 @@ def test_mince_follows_the_losses(dialogues, teachers, stores):
         assert (fused.choice[usable] == better).all() and (fused.choice[~usable] == 0).all()
 
 
+def test_a_tokenizer_begins_a_text_as_it_writes_it(teachers):
+    encoder = teachers["pivot"].encoder
+    words = Vocabulary(encoder)
+    ids = encoder.tokenizer("The old bridge", add_special_tokens=False)["input_ids"]
+    spelt = words.of(ids)
+    assert words.begin("".join(spelt)) == ids[0] and words.begin("".join(spelt[1:])) == ids[1] and spelt[1].startswith(" ")
+    assert words.begin("") == words.begin("\udcc3") == -1
+
+
 def encoded(reached, ends) -> Encoded:
     """One reply whose labels have the ids 1, 2 … and are predicted after so many characters."""
     count = len(reached)

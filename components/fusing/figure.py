@@ -6,12 +6,13 @@ the page as textContent only, because they cannot be trusted.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import gradio as gr
 
 from components.state import COLORS, INKS, LETTERS
-from fusion.distill.view import AlignmentView, Expected, Position
+from fusion.distill.view import AlignmentView, Expected, Heard, Position
 
 _ASSETS = Path(__file__).parents[2] / "assets"
 _SHOWN = 6  # entries of a distribution on the card
@@ -49,16 +50,23 @@ def _facts(seen: AlignmentView) -> list[dict]:
     def share(part: float) -> str:
         return f"{part:.0%}"
 
+    words = {"value": f"{seen.lost:.1%}", "text": "of its words are lost between the vocabularies"}
+    if seen.blend.mapping == "spelling":
+        words = {"value": f"{seen.respelt:.1%}", "text": f"of its words {seen.names[0]} writes in other tokens"}
     return [{"value": f"{len(seen.positions)} : {len(seen.tokens)}", "text": "tokens of the pivot and of the source"},
             {"value": share(seen.carried), "text": "of the pivot's places can hear the source"},
-            {"value": share(seen.taken), "text": f"are taught by {seen.names[1]}"},
-            {"value": f"{seen.lost:.1%}", "text": "of its words are lost between the vocabularies"}]
+            {"value": share(seen.taken), "text": f"are taught by {seen.names[1]}"}, words]
 
 
 def _position(its: Position, seen: AlignmentView) -> dict:
-    lost = [{"text": word.text, "chance": _short(word.chance), "becomes": word.becomes} for word in its.heard if not word.kept]
+    def words(heard: Iterable[Heard]) -> list[dict]:
+        return [{"text": word.text, "chance": _short(word.chance), "becomes": word.becomes} for word in heard][:_SHOWN]
+
     return {"text": its.token.text, "mark": its.token.mark, "source": its.source, "chosen": its.chosen, "lost": _short(its.lost),
-            "pivot": _entries(its.pivot), "mapped": _entries(its.mapped), "words": lost[:_SHOWN], "why": reason(its, seen),
+            "pivot": _entries(its.pivot), "mapped": _entries(its.mapped), "why": reason(its, seen),
+            "words": words(word for word in its.heard if not word.kept),
+            "respelt": words(word for word in its.heard if word.respelt),
+            "other": _short(its.lost + its.respelt), "pieces": its.pieces,
             "nats": [None if value is None else _short(value) for value in its.nats]}
 
 

@@ -117,7 +117,7 @@ def _more() -> dict:
         with gr.Row():
             alignment = gr.Dropdown(list(ALIGNMENTS), value="offsets", label="Alignment", min_width=130, elem_id="fuse-alignment",
                                     info="offsets: exact; warp: the papers' edit distance.")
-            mapping = gr.Dropdown(list(MAPPINGS), value="exact", label="Vocabulary", min_width=130, elem_id="fuse-mapping",
+            mapping = gr.Dropdown(list(MAPPINGS), value="spelling", label="Vocabulary", min_width=130, elem_id="fuse-mapping",
                                   info="Which pivot token stands for a source token.")
         with gr.Row():
             top_k = gr.Number(10, precision=0, minimum=1, maximum=200, label="Top k", min_width=90, elem_id="fuse-topk",

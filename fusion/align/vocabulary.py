@@ -14,7 +14,7 @@ import numpy as np
 
 from fusion.align.sequence import Alignment
 
-MAPPINGS = ("exact", "spelling", "mined", "statistics", "fusechat")
+MAPPINGS = ("spelling", "exact", "mined", "statistics", "fusechat")
 Counts = Mapping[tuple[int, int], int]  # (pivot id, source id) → how often they were aligned
 
 

@@ -33,7 +33,7 @@ class Blend:
     """
 
     alignment: str = "offsets"
-    mapping: str = "exact"
+    mapping: str = "spelling"
     rule: str = "mince"
     level: str = "dialogue"
     per_character: bool = True
@@ -90,6 +90,8 @@ class Vocabulary:
 
     def begin(self, text: str) -> int:
         """The id with which this tokenizer begins to write a text, −1 where it cannot write just that."""
+        if any("\udc80" <= sign <= "\udcff" for sign in text):  # bytes that are no whole character: no tokenizer takes them
+            return -1
         for written in (text, text.removeprefix(" ")):  # some put a space before every text
             ids = self._tokenizer(written, add_special_tokens=False)["input_ids"] if written else []
             if ids and "".join(self.of(ids)) == text:
@@ -222,18 +224,29 @@ def _compared(models: Sequence[Distributions], by_turn: np.ndarray, pivot: Encod
     return np.repeat(np.array(whole)[:, None], len(pivot.labels), axis=1)
 
 
-def _begun(link: Alignment, pivot: Encoded, source: Encoded, rows: Rows, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the source writes a label of the pivot in several tokens: the pivot id of the first of them, [L], −1 elsewhere; and
-    −log p of all of them, [L]: of that text, or at least of one that begins so, where the last token reaches beyond it."""
-    running = np.concatenate(([0.0], np.cumsum(rows.nats, dtype=np.float64)))
+def cut_labels(link: Alignment, pivot: Encoded, source: Encoded) -> dict[int, range]:
+    """The labels of the pivot that the source writes in several tokens: number → the source's labels, the last of which may
+    reach beyond."""
     ending = {int(turn): i + 1 for i, turn in enumerate(source.turn)}  # one past the last label of every reply
-    first, nats = np.full(len(link), -1, np.int64), np.full(len(link), np.nan)
+    found = {}
     for i in np.flatnonzero(link.usable[:-1] >= 0):
         begin, turn = int(link.usable[i]), int(pivot.turn[i])
         if pivot.turn[i + 1] == turn:
             stop = begin + 1 + int(np.searchsorted(source.reached[begin + 1:ending[turn]], pivot.reached[i + 1]))
-            if stop - begin > 1 and source.targets[begin] < len(table):
-                first[i], nats[i] = table[source.targets[begin]], running[stop] - running[begin]
+            if stop - begin > 1:
+                found[int(i)] = range(begin, stop)
+    return found
+
+
+def _begun(link: Alignment, pivot: Encoded, source: Encoded, rows: Rows, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of every label that the source cuts: the pivot id of the first piece, [L], −1 elsewhere; −log p of all pieces, [L]: of
+    that text, or at least of one that begins so."""
+    running = np.concatenate(([0.0], np.cumsum(rows.nats, dtype=np.float64)))
+    first, nats = np.full(len(link), -1, np.int64), np.full(len(link), np.nan)
+    for i, pieces in cut_labels(link, pivot, source).items():
+        token = source.targets[pieces.start]
+        if token < len(table):
+            first[i], nats[i] = table[token], running[pieces.stop] - running[pieces.start]
     return first, nats
 
 

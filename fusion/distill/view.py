@@ -21,6 +21,7 @@ from fusion.distill.targets import (
     Blend,
     Fused,
     Vocabulary,
+    cut_labels,
     end_tokens,
     fuse_dialogue,
     link_labels,
@@ -51,13 +52,14 @@ class Expected:
 
 @dataclass(frozen=True)
 class Heard:
-    """One entry of the source's own top-k: its share of them, the pivot token it `becomes` (None: there is none), and whether
-    it is `kept` (of several with one pivot token only the first may be)."""
+    """One entry of the source's own top-k: its share of them, the pivot token it `becomes` (None: there is none), whether it is
+    `kept` (of several with one pivot token only the first may be) and `respelt`: stands for a token with another text."""
 
     text: str
     chance: float
     becomes: str | None
     kept: bool
+    respelt: bool
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Position:
     pivot, of the source after mapping and after fusion; the source's own words with the share that was `lost` on the way.
 
     `chosen`: 0 = pivot, 1 = source; `deciding`: the two losses that were compared, `nats`: what each lost on this very token
-    (None = not to be had).
+    (None = not to be had); `pieces`: the source's tokens for this one where they are several and it gets the chance of all.
     """
 
     token: Token
@@ -79,6 +81,12 @@ class Position:
     chosen: int
     deciding: tuple[float | None, float | None]
     nats: tuple[float | None, float | None]
+    pieces: tuple[str, ...]
+
+    @property
+    def respelt(self) -> float:
+        """Share of the source's words that the pivot writes otherwise."""
+        return sum(its.chance for its in self.heard if its.respelt)
 
 
 @dataclass(frozen=True)
@@ -116,9 +124,15 @@ class AlignmentView:
         found = [its.lost for its in self.positions if its.source >= 0]
         return sum(found) / len(found) if found else 0.0
 
+    @property
+    def respelt(self) -> float:
+        """Mean share of the source's words that the pivot writes otherwise, over the labels that correspond."""
+        found = [its.respelt for its in self.positions if its.source >= 0]
+        return sum(found) / len(found) if found else 0.0
+
     def to_dict(self) -> dict:
         """Plain data."""
-        return {**asdict(self), "carried": self.carried, "taken": self.taken, "lost": self.lost}
+        return {**asdict(self), "carried": self.carried, "taken": self.taken, "lost": self.lost, "respelt": self.respelt}
 
 
 def view(pivot: Teacher, source: Teacher, dialogue: Dialogue, blend: Blend | None = None, *, top_k: int = 10,
@@ -136,7 +150,9 @@ def view(pivot: Teacher, source: Teacher, dialogue: Dialogue, blend: Blend | Non
     table = vocabulary_table(*words, blend, set(np.unique(rows[1].ids).tolist()), end_tokens(*both), counts)
     fused = fuse_dialogue((both[0], rows[0]), [(both[1], rows[1], table)], blend, [words])
     spelt = _Speller(pivot.encoder, words[0]), _Speller(source.encoder, words[1])
-    positions = tuple(_position(i, both, rows, table, fused, spelt, blend) for i in range(len(both[0].labels)))
+    cuts = cut_labels(fused.links[0], *both) if blend.mapping == "spelling" else {}
+    pieces = {i: tuple(spelt[1].token(both[1], j).text for j in its) for i, its in cuts.items()}
+    positions = tuple(_position(i, both, rows, table, fused, spelt, blend, pieces.get(i, ())) for i in range(len(both[0].labels)))
     tokens = tuple(spelt[1].token(both[1], j) for j in range(len(both[1].labels)))
     links = token_links(*both, words, blend.alignment)
     return AlignmentView(names, blend, positions, tokens, tuple(grouped(len(positions), len(tokens), links)))
@@ -204,13 +220,18 @@ class _Speller:
         return spelt.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if spelt \
             else str(self._tokenizer.convert_ids_to_tokens(int(token_id)))
 
+    def same(self, token_id: int, other: _Speller, its: int) -> bool:
+        """Whether a token stands for the text of one of another model's; marks do not differ."""
+        mine, theirs = self._words.of(np.array([token_id]))[0], other._words.of(np.array([its]))[0]
+        return not mine or mine == theirs
+
     def token(self, encoded: Encoded, label: int) -> Token:
         token_id = int(encoded.targets[label])
         return Token(self.text(token_id), not self._words.of(np.array([token_id]))[0], int(encoded.turn[label]))
 
 
 def _position(i: int, both: Sequence[Encoded], rows: Sequence[Rows], table: np.ndarray, fused: Fused,
-              spelt: tuple[_Speller, _Speller], blend: Blend) -> Position:
+              spelt: tuple[_Speller, _Speller], blend: Blend, pieces: tuple[str, ...]) -> Position:
     gold, at = int(both[0].targets[i]), int(fused.links[0].usable[i])
     heard = _heard(rows[1], at, table, spelt, blend) if at >= 0 else ()
     mine, theirs = (_entries(model, i, gold, spelt[0]) for model in fused.models)
@@ -219,7 +240,7 @@ def _position(i: int, both: Sequence[Encoded], rows: Sequence[Rows], table: np.n
     return Position(spelt[0].token(both[0], i), at, mine, theirs, whole, heard,
                     sum(its.chance for its in heard if not its.kept), int(fused.choice[i]),
                     tuple(_number(value) for value in fused.deciding[:, i]),
-                    tuple(_number(model.nats[i]) for model in fused.models))
+                    tuple(_number(model.nats[i]) for model in fused.models), pieces)
 
 
 def _entries(model: Distributions, i: int, gold: int, spelt: _Speller) -> tuple[Expected, ...]:
@@ -234,7 +255,8 @@ def _heard(rows: Rows, at: int, table: np.ndarray, spelt: tuple[_Speller, _Spell
         mapped = int(table[token])
         kept = mapped >= 0 and (mapped not in seen or blend.sums)
         seen.add(mapped)
-        found.append(Heard(spelt[1].text(token), chance, spelt[0].text(mapped) if mapped >= 0 else None, kept))
+        becomes, respelt = spelt[0].text(mapped) if mapped >= 0 else None, kept and not spelt[1].same(token, spelt[0], mapped)
+        found.append(Heard(spelt[1].text(token), chance, becomes, kept, respelt))
     return tuple(found)
 
 
