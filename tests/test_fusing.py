@@ -138,7 +138,7 @@ def test_the_figure_gets_plain_data_with_the_true_token_and_what_was_lost():
     its = data["positions"][0]
     assert [entry["text"] for entry in its["pivot"]] == ["t0", "t1", "t2", "t3", "t4", "t5", "t9"] and its["pivot"][-1]["gold"]
     assert its["words"] == [{"text": HOSTILE, "chance": 0.25, "becomes": None}] and data["tokens"][0]["text"] == HOSTILE
-    assert its["respelt"] == [{"text": "xy", "chance": 0.3, "becomes": "x"}] and its["other"] == 0.55
+    assert its["respelt"] == [{"text": "xy", "chance": 0.3, "becomes": "x"}] and its["other"] == 1.55
     assert (data["source"]["letter"], its["nats"], its["pieces"]) == ("B", [1.0, None], ("g", HOSTILE))
     assert data["facts"][-1] == {"value": "30.0%", "text": "of its words Pivot writes in other tokens"}
     lossy = payload(seen(position(), mapping="exact"))["facts"][-1]

@@ -16,6 +16,7 @@ from fusion.distill.view import AlignmentView, Expected, Heard, Position
 
 _ASSETS = Path(__file__).parents[2] / "assets"
 _SHOWN = 6  # entries of a distribution on the card
+_WORTH_WORDS = 0.001  # share of what a source expects from which on it is said how the pivot writes it
 _MOUNT = """
 const view = fuseAlignment(element.querySelector('.al'));
 view.update(props.value);
@@ -65,8 +66,8 @@ def _position(its: Position, seen: AlignmentView) -> dict:
     return {"text": its.token.text, "mark": its.token.mark, "source": its.source, "chosen": its.chosen, "lost": _short(its.lost),
             "pivot": _entries(its.pivot), "mapped": _entries(its.mapped), "why": reason(its, seen),
             "words": words(word for word in its.heard if not word.kept),
-            "respelt": words(word for word in its.heard if word.respelt),
-            "other": _short(its.lost + its.respelt), "pieces": its.pieces,
+            "respelt": words(word for word in its.heard if word.respelt and word.chance >= _WORTH_WORDS),
+            "other": _short(its.lost + its.respelt + bool(its.pieces)), "pieces": its.pieces,
             "nats": [None if value is None else _short(value) for value in its.nats]}
 
 
