@@ -112,6 +112,18 @@ def test_weighted_models_are_the_same_and_those_of_the_method(kernels, n, codes,
     assert results[0][1].startswith(expected.tobytes())
 
 
+@pytest.mark.parametrize("n", [64, 65])
+def test_halfway_averages_are_rounded_to_even(kernels, n):
+    step = 2 ** -7
+    low, high = np.tile(np.array([1, 1 + step], np.float32), n)[:n], np.tile(np.array([1 + step, 1 + 2 * step], np.float32), n)[:n]
+    rows = np.stack([stored(low, HALF), stored(high, HALF)])
+    for loops in (kernels, twins):
+        out, read = np.zeros(8 * n, np.uint8), np.empty(n, np.float32)
+        assert loops.weigh(rows, np.array([HALF, HALF]), n, np.array([.5, .5]), HALF, out)
+        twins.decode(out, HALF, n, read)
+        assert (read[::2] == 1).all() and (read[1::2] == 1 + 2 * step).all()
+
+
 @given(first=st.integers(0, 40), n=st.integers(1, 60))
 def test_hashes_are_the_same(kernels, first, n):
     words, keys = RANDOM.integers(0, 2**64, n, np.uint64), RANDOM.integers(0, 2**32, (4, 16), np.uint64)
