@@ -18,6 +18,7 @@ from playwright.sync_api import expect
 from components import comparing, inspecting, reports, variation
 from components import studio as studio_module
 from components.closer import closer_look, red_flags
+from components.downloads import as_files
 from components.heatmap import payload
 from components.inspecting import Looks
 from components.page import build
@@ -160,7 +161,7 @@ def test_exports_hold_what_a_closer_look_found_and_nothing_that_is_not_json(pick
     looks = Looks(studio)
     finish(looks.inspect(now, Settings()))
     grid = variation.grid_of(studio, now, Settings(method="model_stock"), looks)
-    table, data, page = (Path(path).read_text(encoding="utf-8") for path in variation._files(grid, "", str(tmp_path)))
+    table, data, page = (Path(path).read_text(encoding="utf-8") for path in as_files(grid, "", str(tmp_path)))
     rows = json.loads(data, parse_constant=lambda word: pytest.fail(word))["tensors"]
     assert rows[0]["weight"] is None and 0 <= rows[0]["sign conflict"] <= 1 and rows[0]["relative change"] > 0
     assert next(csv.reader(io.StringIO(table)))[-1] == "cosine A·B" and '"relative"' in page
