@@ -215,6 +215,12 @@ def test_a_label_gets_the_chance_of_all_tokens_that_the_source_writes_it_in():
     assert np.exp(chances) == pytest.approx(np.array([[2 / 3, 1 / 3], [0.9, 0.1], [0.7, 0.3], [0.7, 0.3]]))
     found, chances = tell(ids[:1], logprobs[:1], gold[:1], first[:1], np.array([0.0]))  # no more than it gave to the first
     assert found.tolist() == [[7, 9]] and np.exp(chances[0]) == pytest.approx([0.7, 0.3])
+    found, chances = tell(ids[:1, :1], np.zeros((1, 1)), gold[:1], first[:1], np.array([9.0]))  # too little to make room
+    assert (found.tolist(), chances.tolist()) == ([[4]], [[0]])
+    found, chances = tell(np.array([[4, 9], [4, 9]]), np.log(np.array([[0.5, 0.5], [0.95, 0.05]])), gold[:2], first[:2],
+                          np.full(2, -np.log(0.01)))  # a half is not dropped for it, a twentieth is
+    assert found.tolist() == [[4, 9], [4, 7]]
+    assert np.exp(chances) == pytest.approx(np.array([[0.5, 0.5], [0.94 / 0.95, 0.01 / 0.95]]))
     found, _ = tell(np.array([[9, -1]]), np.array([[0, -np.inf]]), gold[:1], first[:1], np.array([0.1]))
     assert found.tolist() == [[9, -1]]  # the first token is not among those that were kept
     found, _ = tell(np.array([[-1, -1]]), np.full((1, 2), -np.inf), gold[:1], first[:1], np.array([0.1]))

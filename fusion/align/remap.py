@@ -6,6 +6,8 @@ import numpy as np
 
 from fusion.align.sequence import Alignment
 
+ROOM = 0.1  # what may be dropped for the true label: the least of ten entries never has more
+
 
 def remap(links: Alignment, ids: np.ndarray, logprobs: np.ndarray, table: np.ndarray, *,
           duplicates: str = "first") -> tuple[np.ndarray, np.ndarray]:
@@ -52,20 +54,20 @@ def tell(ids: np.ndarray, logprobs: np.ndarray, gold: np.ndarray, first: np.ndar
 
     `ids`, `logprobs` [M, k] as from `remap`; `gold` [M] the pivot's labels; `first` [M] the pivot id of the token with which
     the source begins them, −1 where nothing is to be done; `nats` [M] −log p of all its tokens there. The chance is taken from
-    that one, which would otherwise teach the pivot to begin as the source does; the least probable entry makes room where there
-    is none.
+    that one, which would otherwise teach the pivot to begin as the source does; where there is no room, the least probable entry
+    makes it if it is less probable than the label or has less than `ROOM`.
     """
     ids, chances = ids.copy(), np.where(ids >= 0, np.exp(logprobs.astype(np.float64)), 0)
     for i in np.flatnonzero((first >= 0) & (first != gold) & np.isfinite(nats)):
         begun, known = np.flatnonzero(ids[i] == first[i]), np.flatnonzero(ids[i] == gold[i])
-        if len(begun):
-            given = min(float(np.exp(-nats[i])), chances[i, begun[0]])
-            chances[i, begun[0]] -= given
-            place = known[0] if len(known) else int(np.argmin(chances[i]))
-            if not len(known):
-                ids[i, place], chances[i, place] = gold[i], 0
-            chances[i, place] += given
-            chances[i] /= chances[i].sum()
+        if not len(begun):
+            continue
+        given, left = min(float(np.exp(-nats[i])), chances[i, begun[0]]), chances[i].copy()
+        left[begun[0]] -= given
+        place = known[0] if len(known) else int(np.argmin(left))
+        if len(known) or left[place] < max(given, ROOM):
+            left[place] = given + (left[place] if len(known) else 0)
+            ids[i, place], chances[i] = gold[i], left / left.sum()
     order = np.argsort(-chances, axis=1, kind="stable")
     ids, chances = np.take_along_axis(ids, order, 1), np.take_along_axis(chances, order, 1)
     with np.errstate(divide="ignore"):
