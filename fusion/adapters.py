@@ -23,7 +23,7 @@ from fusion.adapter_settings import CONFIG, MERGE_IT, SAVE_AGAIN, read_settings,
 from fusion.anatomy import place
 from fusion.checkpoint import Checkpoint, file_marks, resized, sampled
 from fusion.errors import CheckpointError, MismatchError, nearest
-from fusion.files import Files
+from fusion.files import Files, Span
 from fusion.header import TensorInfo, read_header
 from fusion.view import View
 
@@ -115,7 +115,7 @@ class Adapted(View):
         own = self._whole.get(name)
         return own.dtype == self.info[name].dtype if own else self.model.plain(self._alias.get(name, name))
 
-    def span(self, name: str) -> tuple[int, int] | None:
+    def span(self, name: str) -> Span | None:
         """See Checkpoint."""
         if not self.plain(name):
             return None

@@ -19,6 +19,8 @@ from fusion.checkpoint import Checkpoint
 from fusion.compiled.twins import STRETCH
 from fusion.digest import CHUNK_BYTES, KEYS, TensorDigest, read_dtype
 from fusion.dtypes import FLOATS, ITEM_BYTES, stored_type
+from fusion.errors import CheckpointError
+from fusion.files import Span
 
 SPACE = 192  # bytes between rows, so that the same place of all does not share the few lines of one set of the cache
 
@@ -35,14 +37,14 @@ class Row:
         self.code, self.item = FLOATS.index(self.dtype), ITEM_BYTES[self.dtype]
         self._plain = model.plain(name)
 
-    def fill(self, start: int, stop: int, row: np.ndarray) -> None:
+    def fill(self, start: int, stop: int, row: np.ndarray, digested: bool = True) -> None:
         """Read the numbers start … stop into the first bytes of `row` (uint8)."""
         part = row[:(stop - start) * self.item]
         if self._plain:
             self.model.raw_into(self.name, start, stop, part)
         else:
             self.model.read(self.name, start, stop, part.view(np.float32))
-        if self.digest is not None:
+        if digested and self.digest is not None:
             self.digest.update(start * self.item, part)
 
 
@@ -61,8 +63,10 @@ class Blocks:
         size, item = min(self._block, max(self.numel, 1)), max(source.item for source in self.sources)
         self.rows = np.empty((len(models), -(-size * item // 8) * 8 + SPACE), np.uint8)
         spans = [model.span(name) for model in models]
+        self._spans = None if None in spans else spans  # they keep the maps
         self._files = None if None in spans else np.array(
-            [(*span, source.digest is not None) for span, source in zip(spans, self.sources, strict=True)], np.int64)
+            [_place(span, source) for span, source in zip(spans, self.sources, strict=True)], np.int64)
+        self._places = np.empty(len(models), np.int64)
         chunks = -(-min(STRETCH, self.numel) * item // CHUNK_BYTES)
         self._hashes = np.empty((len(models), chunks, 2), np.uint64)
 
@@ -74,7 +78,7 @@ class Blocks:
         """Read the block that begins at `start` into `rows`; returns how many numbers it has."""
         stop, streams = min(start + self._block, self.numel), compiled.streaming()
         if streams is not None and self._files is not None \
-                and streams.fill(self._files, self.codes, start, stop - start, self.rows, KEYS, self._hashes, 0):
+                and streams.fill(self._files, self.codes, start, stop - start, self.rows, self._places, KEYS, self._hashes, 0):
             self._take(start, stop - start)
             return stop - start
         for source, row in zip(self.sources, self.rows, strict=True):
@@ -89,9 +93,18 @@ class Blocks:
         if streams is None or self._files is None:
             return 0
         n = min(STRETCH - start % STRETCH, self.numel - start)
-        done = getattr(streams, loop)(self._files, self.codes, start, n, self.rows, KEYS, self._hashes, *arguments)
+        done = getattr(streams, loop)(self._files, self.codes, start, n, self.rows, self._places, KEYS, self._hashes, *arguments)
+        if done < 0:
+            raise self._lost()
         self._take(start, done)
         return done
+
+    def _lost(self) -> CheckpointError:
+        """The error of a page that a mapped file did not give."""
+        for source, row in zip(self.sources, self.rows, strict=True):
+            for start in range(0, self.numel, self._block):  # what is wrong is said where it is read
+                source.fill(start, min(start + self._block, self.numel), row, digested=False)
+        return CheckpointError(f"{self.name} could not be read for a moment", where=self.models[0].name, todo="Try again.")
 
     def _take(self, start: int, n: int) -> None:
         """Let the digests take in what was read from `start` on."""
@@ -109,6 +122,13 @@ class Blocks:
     def all_finite(self, m: int, n: int) -> bool:
         """Whether the block of model number `m` holds neither NaN nor Inf."""
         return compiled.loops().all_finite(self.rows[m], self.codes[m], n)
+
+
+def _place(span: Span, source: Row) -> tuple[int, int, bool, int, int]:
+    """A row of `files` for `compiled.streams`."""
+    here = span.map if span.map is not None and (span.map.address + span.start) % 8 == 0 else None
+    mapped = (here.address + span.start, here.lost) if here is not None else (0, 0)
+    return span.file, span.start, source.digest is not None, *mapped
 
 
 class Stored:
@@ -150,9 +170,9 @@ class Stored:
 
 def expect(name: str, models: Sequence[Checkpoint]) -> None:
     """Ask the system to begin reading this tensor of `models`, which will be read soon: a disk should never wait for work."""
-    for span, model in zip([model.span(name) for model in models], models, strict=True):
+    for span in [model.span(name) for model in models]:
         if span is not None and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(*span, model.info[name].nbytes, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(span.file, span.start, span.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def new_digests(name: str, models: Sequence[Checkpoint]) -> list[TensorDigest]:

@@ -21,7 +21,7 @@ import numpy as np
 from fusion import dtypes
 from fusion.anatomy import place
 from fusion.errors import CheckpointError, nearest
-from fusion.files import Files, list_tensors, read_json
+from fusion.files import Files, Span, list_tensors, read_json
 from fusion.header import TensorInfo
 from fusion.quantised import decode, dequantised, plain_config, read_scale
 
@@ -84,8 +84,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
         """As `raw`, read into the first bytes of `out` (uint8) instead of new memory; returns that part of it."""
         return self._files.tensor_into(self._stored[name], start, stop, out)
 
-    def span(self, name: str) -> tuple[int, int] | None:
-        """Open file and first byte of the stored numbers of a `plain` tensor; None where only `read` and `raw_into` know."""
+    def span(self, name: str) -> Span | None:
+        """Where the stored numbers of a `plain` tensor lie; None where only `read` and `raw_into` know."""
         return self._files.span(self._stored[name]) if self.plain(name) else None
 
     def _scale(self, name: str) -> np.ndarray | None:

@@ -1,6 +1,7 @@
 """The safetensors files of a folder: found by their index or alone, read in pieces by any number of threads.
 
-Reading goes through `pread` into small buffers, not through a memory map: a file that shrinks under a map kills the process.
+Reading goes through `pread` into small buffers. A file that shrinks under a memory map kills the process, so only compiled loops
+read from one (see `maps`).
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import os
 import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from fusion.dtypes import ITEM_BYTES
 from fusion.errors import CheckpointError
 from fusion.header import TensorInfo, read_header
+from fusion.maps import Map, mapped
 
 INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 200_000_000
@@ -101,11 +104,21 @@ def _single_file(folder: Path, names: Collection[str]) -> list[str]:
     raise CheckpointError("there are no safetensors weights", where=str(folder))
 
 
+class Span(NamedTuple):
+    """Where a tensor's stored numbers lie: an open file, the first byte and how many, and the file's map where there is one."""
+
+    file: int
+    start: int
+    nbytes: int
+    map: Map | None
+
+
 class Files:
     """Open files by path, shared by reading threads: `pread` carries its own offset."""
 
     def __init__(self):
         self._open: dict[Path, int] = {}
+        self._maps: dict[Path, Map | None] = {}
         self._lock = threading.Lock()
 
     def tensor(self, tensor: TensorInfo, start: int = 0, stop: int | None = None) -> bytes:
@@ -145,12 +158,17 @@ class Files:
                                   todo="Do not change a checkpoint while it is merged.")
         return part
 
-    def span(self, tensor: TensorInfo) -> tuple[int, int]:
-        """The open file that a tensor lies in, and its first byte there."""
+    def span(self, tensor: TensorInfo) -> Span:
+        """Where a tensor lies; its file is mapped when it lies there whole and compiled loops are ready to read it."""
         try:
-            return self._descriptor(tensor.file), tensor.start
+            descriptor = self._descriptor(tensor.file)
         except OSError as error:
             raise CheckpointError(f"cannot be read ({error.strerror})", where=str(tensor.file)) from error
+        with self._lock:
+            here = self._maps.get(tensor.file) or mapped(descriptor)
+            self._maps[tensor.file] = here
+        whole = here is not None and tensor.start + tensor.nbytes <= here.size
+        return Span(descriptor, tensor.start, tensor.nbytes, here if whole else None)
 
     def _descriptor(self, path: Path) -> int:
         with self._lock:
@@ -164,6 +182,7 @@ class Files:
             for descriptor in self._open.values():
                 os.close(descriptor)
             self._open.clear()
+            self._maps.clear()
 
     def __del__(self):
         self.close()

@@ -15,6 +15,7 @@ import numpy as np
 from fusion.anatomy import place
 from fusion.checkpoint import Checkpoint
 from fusion.errors import RecipeError
+from fusion.files import Span
 from fusion.settings import Slice, depth
 from fusion.view import View
 from fusion.vocabulary import Remapped
@@ -54,7 +55,7 @@ class Restacked(View):
         owner, own = self.owned[name]
         return owner.plain(own)
 
-    def span(self, name: str) -> tuple[int, int] | None:
+    def span(self, name: str) -> Span | None:
         """See Checkpoint."""
         owner, own = self.owned[name]
         return owner.span(own)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fusion.checkpoint import Checkpoint
+from fusion.files import Span
 
 
 class View(Checkpoint):
@@ -37,7 +38,7 @@ class View(Checkpoint):
         """See Checkpoint."""
         return self.model.plain(name)
 
-    def span(self, name: str) -> tuple[int, int] | None:
+    def span(self, name: str) -> Span | None:
         """See Checkpoint; a view whose tensors are those of files says so itself."""
         return None
 

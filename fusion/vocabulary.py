@@ -24,6 +24,7 @@ from fusion.anatomy import place
 from fusion.checkpoint import Checkpoint, resized
 from fusion.dtypes import ITEM_BYTES
 from fusion.errors import MismatchError, RecipeError, nearest
+from fusion.files import Span
 from fusion.tokens import Added, Tokens, check_round_trip, extended, files_of
 from fusion.view import View
 
@@ -61,7 +62,7 @@ class Remapped(View):
         """See Checkpoint."""
         return name not in self.tables and self.model.plain(name)
 
-    def span(self, name: str) -> tuple[int, int] | None:
+    def span(self, name: str) -> Span | None:
         """See Checkpoint."""
         return None if name in self.tables else self.model.span(name)
 

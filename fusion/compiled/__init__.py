@@ -18,6 +18,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fusion.compiled import twins
 from fusion.errors import ResourceError
 
@@ -31,21 +33,35 @@ _lock = threading.Lock()
 
 
 class Loops:
-    """A module of compiled loops, each made `ready` when it is first asked for."""
+    """A module of compiled loops, each made `ready` when it is first asked for.
+
+    Where a twin takes rows [models, bytes] a loop takes their addresses, which it gets here.
+    """
 
     def __init__(self, module: ModuleType, ready: Callable):
         self._module, self._ready = module, ready
 
     def __getattr__(self, name: str):
         found = getattr(self._module, name)
-        if hasattr(found, "signatures"):
-            setattr(self, name, self._ready(found))
-        return found
+        if not hasattr(found, "signatures"):
+            return found
+        call = self._ready(found)
+        if name in getattr(self._module, "OF_ROWS", ()):
+            call = _addressed(call)
+        setattr(self, name, call)
+        return call
+
+
+def _addressed(loop: Callable) -> Callable:
+    def call(rows: np.ndarray, *arguments: object) -> object:
+        return loop(rows.ctypes.data + rows.strides[0] * np.arange(len(rows)), *arguments)
+    return call
 
 
 _thread: threading.Thread | None = None
 _kernels: Loops | None = None
 _streams: Loops | None = None
+_handler = 0
 _refused = False
 _device: DeviceLoops | None = None
 
@@ -58,6 +74,11 @@ def loops() -> ModuleType | Loops | DeviceLoops:
 def streaming() -> Loops | None:
     """The module that reads and handles many blocks at once, None where `loops` are not the kernels."""
     return None if _device is not None or _kernels is None or _refused else _streams
+
+
+def handler() -> int:
+    """The address of the handler that lets `streaming` loops read mapped files, see `guard`."""
+    return _handler
 
 
 def block() -> int:
@@ -110,10 +131,11 @@ def _prepare_kernels(nbytes: int) -> None:
 
 
 def _load() -> None:
-    global _kernels, _streams
+    global _kernels, _streams, _handler
     try:
-        kernels, streams = map(importlib.import_module, ("fusion.compiled.kernels", "fusion.compiled.streams"))
+        kernels, streams, guard = (importlib.import_module(f"fusion.compiled.{name}") for name in ("kernels", "streams", "guard"))
         kernels.prepare()
+        _handler = guard.handler()
         _streams, _kernels = Loops(streams, kernels.ready), Loops(kernels, kernels.ready)
     except ImportError:
         logging.getLogger(__name__).info("numba is not installed; numpy does the work")

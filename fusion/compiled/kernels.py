@@ -18,16 +18,18 @@ from numba.extending import intrinsic
 from fusion.compiled.twins import LANES
 from fusion.compiled.vectors import (
     AT_ONCE,
+    LINE,
     add_change_squares,
     add_changes,
     add_sizes,
     add_squares,
     elect_halves,
+    hash_lines,
     weigh_halves,
 )
 from fusion.dtypes import FLOATS
 
-VECTORS = "7cba0de826260c7a"  # the digest of that file: numba's cache looks at the file of a loop only, see `streams`
+VECTORS = "5966f86da8a46d3b"  # the digest of that file: numba's cache looks at the file of a loop only, see `streams`
 TILE = 2048  # numbers; a multiple of LANES and of AT_ONCE
 F64, F32, _F16, _BF16 = (FLOATS.index(code) for code in ("F64", "F32", "F16", "BF16"))
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -38,8 +40,10 @@ def read_only(item: types.Type, dimensions: int) -> types.Array:
     return types.Array(item, dimensions, "C", readonly=True)
 
 
-ROW, ROWS, CODES = read_only(types.uint8, 1), read_only(types.uint8, 2), read_only(types.int64, 1)
+ROW, CODES = read_only(types.uint8, 1), read_only(types.int64, 1)
+ROWS = CODES  # addresses of stored numbers: they lie in memory that is used again, or in a file that is mapped
 NUMBERS, BYTES, WORDS = types.float32[::1], types.uint8[::1], types.uint32[::1]
+OF_ROWS = ("sum_changes", "weigh", "squares", "sizes", "count_changes", "elect")
 DELTAS, FACTORS, DROPS = read_only(types.float32, 2), read_only(types.float32, 1), types.int64[:, ::1]
 
 
@@ -103,24 +107,42 @@ def _float_of(context, bits):
     return types.float32(types.uint32), generate
 
 
+def _array_at(kind):
+    @intrinsic
+    def pointer(context, address):
+        def generate(context, builder, signature, arguments):
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+        return types.CPointer(kind)(types.int64), generate
+
+    @helper
+    def array(address, n):
+        """The n numbers at an address."""
+        return numba.carray(pointer(address), n)
+    return array
+
+
+halves_at, words_at, longs_at, integers_at, doubles_at = map(
+    _array_at, (types.uint16, types.uint32, types.uint64, types.int64, types.float64))
+
+
 @helper
 def _tile(row, code, start, n, out):
     """Decode the numbers start … start + n of a row."""
     bits = out.view(np.uint32)
     if code == _BF16:
-        halves = row.view(np.uint16)[start:start + n]
+        halves = halves_at(row + 2 * start, n)
         for i in range(n):
             bits[i] = np.uint32(halves[i]) << np.uint32(16)
     elif code == F32:
-        whole = row.view(np.uint32)[start:start + n]
+        whole = words_at(row + 4 * start, n)
         for i in range(n):
             bits[i] = whole[i]
     elif code == _F16:
-        halves = row.view(np.uint16)[start:start + n]
+        halves = halves_at(row + 2 * start, n)
         for i in range(n):
             out[i] = _half_to_float(halves[i])
     else:
-        doubles = row.view(np.float64)[start:start + n]
+        doubles = doubles_at(row + 8 * start, n)
         for i in range(n):
             out[i] = np.float32(doubles[i])
 
@@ -129,7 +151,7 @@ def _tile(row, code, start, n, out):
 def _delta(row, code, start, n, pivot, out):
     """Decode the numbers start … start + n of a row and take those of `pivot` from them."""
     if code == _BF16:
-        halves = row.view(np.uint16)[start:start + n]
+        halves = halves_at(row + 2 * start, n)
         for i in range(n):
             out[i] = _float_of(np.uint32(halves[i]) << np.uint32(16)) - pivot[i]
         return
@@ -144,7 +166,7 @@ def decode(row, code, n, out):
     bits, worst = out.view(np.uint32), np.uint32(0)
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
-        _tile(row, code, start, m, out[start:start + m])
+        _tile(np.int64(row.ctypes.data), code, start, m, out[start:start + m])
         part = bits[start:start + m]
         for i in range(m):
             worst = max(worst, part[i] & _SIGN)
@@ -193,11 +215,11 @@ def encode(values, code, out):
     return _store(values, code, out, 0, len(values))
 
 
-@compiled(types.boolean(ROW, types.int64, types.int64))
-def all_finite(row, code, n):
-    """See `twins.all_finite`."""
+@helper
+def all_finite_at(row, code, n):
+    """As `all_finite`, of the numbers at an address."""
     if code == _BF16:
-        halves, most = row.view(np.uint16)[:n], np.uint16(0)
+        halves, most = halves_at(row, n), np.uint16(0)
         for i in range(n):
             most = max(most, np.uint16(halves[i] & np.uint16(0x7FFF)))
         return most < np.uint16(0x7F80)
@@ -209,6 +231,12 @@ def all_finite(row, code, n):
         for i in range(m):
             worst = max(worst, bits[i] & _SIGN)
     return worst < _INFINITE
+
+
+@compiled(types.boolean(ROW, types.int64, types.int64))
+def all_finite(row, code, n):
+    """See `twins.all_finite`."""
+    return all_finite_at(np.int64(row.ctypes.data), code, n)
 
 
 @helper
@@ -230,12 +258,12 @@ def sum_changes(rows, codes, n, sums):
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
         if halves and m % LANES == 0:
-            its = rows[0].view(np.uint16)[start:start + m]
+            its = halves_at(rows[0] + 2 * start, m)
             for i in range(m):
                 wide[i] = np.float64(_float_of(np.uint32(its[i]) << np.uint32(16)))
             add_squares(wide, m, lanes[2 * count])
             for j in range(count):
-                add_changes(rows[j + 1].view(np.uint16)[start:start + m], its, wide, m, lanes[2 * j], lanes[2 * j + 1], changed[j])
+                add_changes(halves_at(rows[j + 1] + 2 * start, m), its, wide, m, lanes[2 * j], lanes[2 * j + 1], changed[j])
             continue
         pivot[m:], moved[m:] = 0, 0
         _tile(rows[0], codes[0], start, m, pivot)
@@ -409,9 +437,9 @@ def squares(rows, codes, n, out):
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
         if halves and m % LANES == 0:
-            its = rows[0].view(np.uint16)[start:start + m]
+            its = halves_at(rows[0] + 2 * start, m)
             for j in range(count):
-                add_change_squares(rows[j + 1].view(np.uint16)[start:start + m], its, m, lanes[j])
+                add_change_squares(halves_at(rows[j + 1] + 2 * start, m), its, m, lanes[j])
             continue
         pivot[m:], moved[m:] = 0, 0
         _tile(rows[0], codes[0], start, m, pivot)
@@ -601,13 +629,12 @@ def hash_words(words, first, keys, sums):
     while at < len(words):
         chunk, place = divmod(first + at, size)
         n = min(size - place, len(words) - at)
-        a, b = np.uint64(0), np.uint64(0)
-        part, key_a, key_b = words[at:at + n], keys[0, place:place + n], keys[1, place:place + n]
-        key_c, key_d = keys[2, place:place + n], keys[3, place:place + n]
-        for i in range(n):
-            low, high = part[i] & _LOW, part[i] >> _SHIFT
-            a += low * (key_a[i] & _LOW) + high * (key_b[i] & _LOW)
-            b += low * (key_c[i] & _LOW) + high * (key_d[i] & _LOW)
-        sums[chunk, 0] += a
-        sums[chunk, 1] += b
+        whole = n // LINE * LINE
+        its = sums[chunk]
+        hash_lines(words[at:at + whole], keys, place, whole, its)
+        for i in range(whole, n):
+            low, high = words[at + i] & _LOW, words[at + i] >> _SHIFT
+            key = keys[:, place + i]
+            its[0] += low * (key[0] & _LOW) + high * (key[1] & _LOW)
+            its[1] += low * (key[2] & _LOW) + high * (key[3] & _LOW)
         at += n

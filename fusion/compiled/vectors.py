@@ -16,8 +16,11 @@ from numba.extending import intrinsic
 from fusion.compiled.twins import LANES
 
 WIDE = 16  # lanes whose sums are in registers at once; LANES is a multiple of it
-AT_ONCE = 32  # numbers that `weigh_halves` and `elect_halves` handle at once
-_HALF, _WORD, _FLOAT, _DOUBLE = ir.IntType(16), ir.IntType(32), ir.FloatType(), ir.DoubleType()
+AT_ONCE = 32  # numbers that `weigh_halves` and `elect_halves` handle at once: a line of the cache for each model
+LINE = 8  # words in a line of the cache
+AHEAD = 4096  # bytes: processors foresee reading within a page of memory, but not the page that follows
+_BYTE, _HALF, _WORD, _LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+_FLOAT, _DOUBLE = ir.FloatType(), ir.DoubleType()
 
 
 class Code:
@@ -73,11 +76,20 @@ class Code:
         words = self.builder.zext(self.load(pointer, _HALF), ir.VectorType(_WORD, self.wide))
         return self.builder.bitcast(self.builder.shl(words, self.all(_WORD, 16)), ir.VectorType(_FLOAT, self.wide))
 
-    def row(self, rows, row, at):
-        """`wide` bfloat16 numbers from `at` on of one of the `rows` [models, bytes] as float32."""
-        stride = cgutils.unpack_tuple(self.builder, self.arguments[rows].strides)[0]
-        offset = self.builder.add(self.builder.mul(row, stride), self.builder.shl(at, ir.Constant(at.type, 1)))
-        return self.halves(self.builder.gep(self.arguments[rows].data, [offset]))
+    def row(self, rows, row, at, ahead=False):
+        """`wide` bfloat16 numbers from `at` on of one of the `rows` [models], which are addresses, as float32."""
+        address = self.builder.add(self.element(rows, row), self.builder.shl(at, ir.Constant(at.type, 1)))
+        place = self.builder.inttoptr(address, _HALF.as_pointer())
+        if ahead:
+            self.ask_ahead(place)
+        return self.halves(place)
+
+    def ask_ahead(self, pointer):
+        """Let the line of memory that is read AHEAD bytes later be fetched meanwhile."""
+        later = self.builder.gep(self.builder.bitcast(pointer, _BYTE.as_pointer()), [ir.Constant(self.size, AHEAD)])
+        kind = ir.FunctionType(ir.VoidType(), [later.type, _WORD, _WORD, _WORD])
+        fetch = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        self.builder.call(fetch, [later, *(ir.Constant(_WORD, value) for value in (0, 2, 1))])  # to read; second level; data
 
     def double(self, values):
         """Numbers in float64."""
@@ -86,7 +98,7 @@ class Code:
 
     def magnitude(self, values):
         """Numbers of float64 without their signs."""
-        bits, kept = ir.VectorType(ir.IntType(64), self.wide), self.all(ir.IntType(64), 0x7FFF_FFFF_FFFF_FFFF)
+        bits, kept = ir.VectorType(_LONG, self.wide), self.all(ir.IntType(64), 0x7FFF_FFFF_FFFF_FFFF)
         return self.builder.bitcast(self.builder.and_(self.builder.bitcast(values, bits), kept), values.type)
 
     def variable(self, kind):
@@ -195,10 +207,10 @@ def weigh_halves(context, rows, base, others, weights, start, n, out, worst):
         builder.store(code.all(_WORD, 0), worst)
         with code.steps(n, AT_ONCE) as step:
             at = builder.add(start, step)
-            heaviest = code.row(0, base, at)
+            heaviest = code.row(0, base, at, ahead=True)
             builder.store(code.all(_FLOAT, 0.0), shift)
             with code.steps(code.length(2), 1) as k:
-                apart = builder.fsub(code.row(0, code.element(2, k), at), heaviest)
+                apart = builder.fsub(code.row(0, code.element(2, k), at, ahead=True), heaviest)
                 code.add_to(shift, builder.fmul(apart, code.spread(code.element(3, k))))
             rounded = _rounded(code, builder.fadd(heaviest, builder.load(shift)))
             size, most = builder.and_(rounded, code.all(_WORD, 0x7FFF)), builder.load(worst)
@@ -231,24 +243,59 @@ def elect_halves(context, rows, votes, factors, scale, start, n, out):
         _, _, _, scale, start, n, _ = code.arguments
         zero, one, total = code.all(_FLOAT, 0.0), ir.Constant(code.size, 1), code.variable(_FLOAT)
 
-        def sum_of(argument, its, at, pivot):
+        def sum_of(argument, its, at, pivot, ahead):
             builder.store(zero, total)
             with code.steps(code.length(argument), 1) as k:
-                delta = builder.fsub(code.row(0, builder.add(k, one), at), pivot)
+                delta = builder.fsub(code.row(0, builder.add(k, one), at, ahead), pivot)
                 code.add_to(total, its(builder.fmul(delta, code.spread(code.element(argument, k)))))
             return builder.load(total)
 
         with code.steps(n, AT_ONCE) as step:
             at = builder.add(start, step)
-            pivot = code.row(0, ir.Constant(code.size, 0), at)
-            minority = builder.fcmp_ordered("<", sum_of(1, lambda weighed: weighed, at, pivot), zero)
+            pivot = code.row(0, ir.Constant(code.size, 0), at, ahead=True)
+            minority = builder.fcmp_ordered("<", sum_of(1, lambda weighed: weighed, at, pivot, ahead=True), zero)
             side = builder.select(minority, code.all(_FLOAT, -1.0), code.all(_FLOAT, 1.0))
 
             def agreeing(weighed, side=side):
                 turned = builder.fmul(weighed, side)
                 return builder.select(builder.fcmp_ordered("<=", turned, zero), zero, turned)
 
-            part = builder.fmul(sum_of(2, agreeing, at, pivot), code.spread(scale))
+            part = builder.fmul(sum_of(2, agreeing, at, pivot, ahead=False), code.spread(scale))
             code.store(builder.fadd(builder.fmul(part, side), pivot), code.place(6, step))
         return context.get_dummy_value()
     return types.void(rows, votes, factors, scale, start, n, out), generate
+
+
+# ── digests ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+@intrinsic
+def hash_lines(context, words, keys, place, n, sums):
+    """Add the keyed sums of the first n of `words`, a multiple of LINE, to `sums` [2]; see `twins.hash_words`.
+
+    `keys` [4, …] from `place` on are those of these words.
+    """
+    def generate(context, builder, signature, arguments):
+        code = Code(context, builder, signature, arguments, LINE)
+        _, keys, place, n, _ = code.arguments
+        low, shift = code.all(_LONG, 0xFFFF_FFFF), code.all(_LONG, 32)
+        stride, totals = cgutils.unpack_tuple(builder, keys.strides)[0], [code.variable(_LONG) for _ in range(4)]
+        for total in totals:
+            builder.store(code.all(_LONG, 0), total)
+        with code.steps(n, LINE) as at:
+            here = code.place(0, at)
+            code.ask_ahead(here)
+            both, first = code.load(here, _LONG), builder.gep(keys.data, [builder.add(place, at)])
+            halves = (builder.and_(both, low), builder.lshr(both, shift))
+            for k, total in enumerate(totals):
+                row = builder.gep(builder.bitcast(first, _BYTE.as_pointer()), [builder.mul(stride, ir.Constant(stride.type, k))])
+                key = builder.and_(code.load(row, _LONG), low)
+                builder.store(builder.add(builder.load(total), builder.mul(halves[k % 2], key)), total)
+        for out in range(2):
+            both = builder.add(*(builder.load(total) for total in totals[2 * out:2 * out + 2]))
+            where = code.place(4, ir.Constant(code.size, out))
+            value = builder.load(where)
+            for lane in range(LINE):
+                value = builder.add(value, builder.extract_element(both, ir.Constant(_WORD, lane)))
+            builder.store(value, where)
+        return context.get_dummy_value()
+    return types.void(words, keys, place, n, sums), generate
