@@ -1,11 +1,11 @@
-"""The inner loops: compiled by numba (`kernels`), in plain numpy (`twins`) with the same bytes, or on a GPU (`device`).
+"""The inner loops: compiled (`kernels`), in plain numpy (`twins`) with the same bytes, or on a GPU (`device`).
 
     compiled.prepare(nbytes)                # at the start of a piece of work that will handle so many bytes
     compiled.loops().hash_words(…)          # per block of `compiled.block()` numbers: whichever of them is ready
 
-numba is optional. It is imported, and its machine code loaded from the cache on disk, only when the work is large enough to
-pay for that. Where there is no cache yet it is compiled in a thread of its own while numpy works. FUSECHAT_COMPILED=0 keeps to
-numpy, 1 waits for numba whatever the size. Price: half a second of one core per process, and once some thirty to compile.
+Machine code is loaded from a file (`library`) when the work is large enough to pay for that. Where there is none yet, numba
+makes it (`build`) in a thread of its own while numpy works; numba is optional. FUSECHAT_COMPILED=0 keeps to numpy, 1 waits for
+machine code whatever the size. Price: some hundredths of a second per process, and once some forty seconds of one core.
 """
 
 from __future__ import annotations
@@ -14,71 +14,41 @@ import importlib
 import logging
 import os
 import threading
-from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from fusion.compiled import twins
 from fusion.errors import ResourceError
 
 if TYPE_CHECKING:
     from fusion.compiled.device import DeviceLoops
+    from fusion.compiled.library import Library
 
 DEVICE_BLOCKS = 64  # blocks handed to a device at once: a transfer of some megabytes takes longer than to begin it
-PAYS_BYTES = 400_000_000  # measured: 0.4 s to load, 1 s of processor time saved for each GB read
+PAYS_BYTES = 50_000_000  # measured: 0.05 s to load, 1 s of processor time saved for each GB read
 PATIENCE_S = 2.5  # loading from the cache takes less; beside it numpy would get little done and slow it down
 _lock = threading.Lock()
 
 
-class Loops:
-    """A module of compiled loops, each made `ready` when it is first asked for.
-
-    Where a twin takes rows [models, bytes] a loop takes their addresses, which it gets here.
-    """
-
-    def __init__(self, module: ModuleType, ready: Callable):
-        self._module, self._ready = module, ready
-
-    def __getattr__(self, name: str):
-        found = getattr(self._module, name)
-        if not hasattr(found, "signatures"):
-            return found
-        call = self._ready(found)
-        if name in getattr(self._module, "OF_ROWS", ()):
-            call = _addressed(call)
-        setattr(self, name, call)
-        return call
-
-
-def _addressed(loop: Callable) -> Callable:
-    def call(rows: np.ndarray, *arguments: object) -> object:
-        return loop(rows.ctypes.data + rows.strides[0] * np.arange(len(rows)), *arguments)
-    return call
-
-
 _thread: threading.Thread | None = None
-_kernels: Loops | None = None
-_streams: Loops | None = None
-_handler = 0
+_library: Library | None = None
 _refused = False
 _device: DeviceLoops | None = None
 
 
-def loops() -> ModuleType | Loops | DeviceLoops:
+def loops() -> ModuleType | SimpleNamespace | DeviceLoops:
     """Whose loops to call now: the device's, `kernels` once they are ready, else `twins`."""
     return _on_processor() if _device is None else _device
 
 
-def streaming() -> Loops | None:
+def streaming() -> SimpleNamespace | None:
     """The module that reads and handles many blocks at once, None where `loops` are not the kernels."""
-    return None if _device is not None or _kernels is None or _refused else _streams
+    return None if _device is not None or _library is None or _refused else _library.streams
 
 
 def handler() -> int:
     """The address of the handler that lets `streaming` loops read mapped files, see `guard`."""
-    return _handler
+    return _library.guard.guard.address
 
 
 def block() -> int:
@@ -110,8 +80,8 @@ def prepare(nbytes: int, device: str | None = None) -> None:
         _device = None if place == "cpu" else DeviceLoops(place, _on_processor)
 
 
-def _on_processor() -> ModuleType | Loops:
-    return twins if _kernels is None or _refused else _kernels
+def _on_processor() -> ModuleType | SimpleNamespace:
+    return twins if _library is None or _refused else _library.kernels
 
 
 def _prepare_kernels(nbytes: int) -> None:
@@ -125,18 +95,15 @@ def _prepare_kernels(nbytes: int) -> None:
             _thread = threading.Thread(target=_load, name="compiled loops")
             _thread.start()
     _thread.join(None if wish == "1" else PATIENCE_S)
-    if wish == "1" and _kernels is None:
+    if wish == "1" and _library is None:
         raise ResourceError("the compiled loops cannot be used", where="FUSECHAT_COMPILED=1",
                                 todo="Install numba, or unset FUSECHAT_COMPILED.")
 
 
 def _load() -> None:
-    global _kernels, _streams, _handler
+    global _library
     try:
-        kernels, streams, guard = (importlib.import_module(f"fusion.compiled.{name}") for name in ("kernels", "streams", "guard"))
-        kernels.prepare()
-        _handler = guard.handler()
-        _streams, _kernels = Loops(streams, kernels.ready), Loops(kernels, kernels.ready)
+        _library = importlib.import_module("fusion.compiled.library").load()
     except ImportError:
         logging.getLogger(__name__).info("numba is not installed; numpy does the work")
     except Exception as error:  # a numba that does not fit this Python or processor must not stop a merge that works without

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import signal
 
-import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fusion.compiled import kernels
+from fusion.compiled.memory import integers_at
+from fusion.compiled.registry import compiled
 
 HEAD, ENTRY = 3, 3  # words
 _PROT_READ, _MAP_PRIVATE_FIXED_ANONYMOUS = 1, 0x32
@@ -50,23 +50,15 @@ def _kept(context):
     return types.int64(), generate
 
 
-def handler() -> int:
-    """The address of the handler, loaded from the cache on disk, or compiled."""
-    kind = types.void(types.int32, types.int64, types.int64)
-    try:
-        return numba.cfunc(kind, nopython=True, cache=True)(_guard).address
-    except RuntimeError:  # no folder to cache in
-        return numba.cfunc(kind, nopython=True)(_guard).address
-
-
-def _guard(number, info, context):
-    """The handler; called with number −1 it takes the address of the table."""
+@compiled(types.void(types.int32, types.int64, types.int64))
+def guard(number, info, context):
+    """The handler; called with number −1 it takes `info` for the address of the table."""
     if number < 0:
         _keep(info)
         return
-    address, table = kernels.integers_at(info, _FAULT_ADDRESS + 1)[_FAULT_ADDRESS], _kept()
-    head = kernels.integers_at(table, HEAD)
-    entries = kernels.integers_at(table, HEAD + ENTRY * head[0])
+    address, table = integers_at(info, _FAULT_ADDRESS + 1)[_FAULT_ADDRESS], _kept()
+    head = integers_at(table, HEAD)
+    entries = integers_at(table, HEAD + ENTRY * head[0])
     for entry in range(HEAD, len(entries), ENTRY):
         if entries[entry] <= address < entries[entry + 1]:
             entries[entry + 2] = 1  # first the note, then the page

@@ -1,20 +1,29 @@
-"""The loops of `twins`, compiled by numba: import only through `fusion.compiled`, importing takes half a second.
+"""The loops of `twins`, to be compiled by `build`; importing this takes half a second, and only that module should.
 
-No fastmath: sums keep their written order, no multiply-add is contracted, so every bit equals the twin's. Each loop is loaded
-from the cache on disk when it is first asked for: all together take as long as importing numba. The loops run without the
-interpreter's lock, on tiles that stay in the first-level cache.
+No fastmath: sums keep their written order, no multiply-add is contracted, so every bit equals the twin's. The loops run without
+the interpreter's lock, on tiles that stay in the first-level cache.
 """
 
 from __future__ import annotations
 
-import threading
-
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from fusion.compiled.memory import (
+    address,
+    doubles_at,
+    floats_at,
+    halves_at,
+    heap,
+    integers_at,
+    ints_at,
+    on_stack,
+    release,
+    words_at,
+)
+from fusion.compiled.registry import compiled, helper
 from fusion.compiled.twins import LANES
 from fusion.compiled.vectors import (
     AT_ONCE,
@@ -29,61 +38,19 @@ from fusion.compiled.vectors import (
 )
 from fusion.dtypes import FLOATS
 
-VECTORS = "5966f86da8a46d3b"  # the digest of that file: numba's cache looks at the file of a loop only, see `streams`
 TILE = 2048  # numbers; a multiple of LANES and of AT_ONCE
 F64, F32, _F16, _BF16 = (FLOATS.index(code) for code in ("F64", "F32", "F16", "BF16"))
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 _INFINITE, _SIGN, _NAN = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF), np.uint32(0x7FC00000)
 
+ROW, ROWS = types.uint8[::1], types.int64[::1]  # one row, and the addresses of all
+CODES, COUNT = types.int64[::1], types.int64
+NUMBERS, BYTES, WORDS, SUMS = types.float32[::1], types.uint8[::1], types.uint32[::1], types.float64[:, ::1]
+DELTAS, FACTORS, DROPS, COUNTS = types.float32[:, ::1], types.float32[::1], types.int64[:, ::1], types.int64[:, ::1]
+DOUBLES, KEYS = types.float64[::1], types.uint64[:, ::1]
 
-def read_only(item: types.Type, dimensions: int) -> types.Array:
-    return types.Array(item, dimensions, "C", readonly=True)
-
-
-ROW, CODES = read_only(types.uint8, 1), read_only(types.int64, 1)
-ROWS = CODES  # addresses of stored numbers: they lie in memory that is used again, or in a file that is mapped
-NUMBERS, BYTES, WORDS = types.float32[::1], types.uint8[::1], types.uint32[::1]
-OF_ROWS = ("sum_changes", "weigh", "squares", "sizes", "count_changes", "elect")
-DELTAS, FACTORS, DROPS = read_only(types.float32, 2), read_only(types.float32, 1), types.int64[:, ::1]
-
-
-_wanted: dict = {}  # signatures by loop
-_lock = threading.RLock()
-
-
-def compiled(*signatures):
-    """Declare a loop that `ready` compiles for these signatures and no others."""
-    def decorate(function):
-        options = {"nogil": True, "error_model": "numpy"}
-        try:
-            loop = numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # no folder to cache in: neither beside this file nor the user's own
-            loop = numba.njit(**options)(function)
-        _wanted[loop] = signatures
-        return loop
-    return decorate
-
-
-def ready(loop):
-    """Load a loop from the cache on disk, or compile it."""
-    with _lock:
-        for signature in _wanted.get(loop, ()):
-            loop.compile(signature)
-        if _wanted.pop(loop, None):
-            loop.disable_compile()
-    return loop
-
-
-def prepare():
-    """Compile the loops of every module whose first one is not in the cache on disk; others are left to `ready`."""
-    cached = {}
-    for loop in list(_wanted):
-        if not cached.get(loop.__module__):
-            ready(loop)
-            cached.setdefault(loop.__module__, bool(loop.stats.cache_hits))
-
-
-helper = numba.njit(nogil=True, error_model="numpy")  # compiled into those that call it, so that nothing is loaded for it
+_floats, _words, _ints = (on_stack(kind, TILE) for kind in (types.float32, types.uint32, types.int32))
+_doubles, _lanes, _largest = on_stack(types.float64, TILE), on_stack(types.float64, LANES), on_stack(types.uint32, AT_ONCE)
 
 
 @intrinsic
@@ -107,28 +74,25 @@ def _float_of(context, bits):
     return types.float32(types.uint32), generate
 
 
-def _array_at(kind):
-    @intrinsic
-    def pointer(context, address):
-        def generate(context, builder, signature, arguments):
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-        return types.CPointer(kind)(types.int64), generate
-
-    @helper
-    def array(address, n):
-        """The n numbers at an address."""
-        return numba.carray(pointer(address), n)
-    return array
+@helper
+def _words_of(numbers):
+    """The bits of float32 numbers."""
+    return words_at(address(numbers), len(numbers))
 
 
-halves_at, words_at, longs_at, integers_at, doubles_at = map(
-    _array_at, (types.uint16, types.uint32, types.uint64, types.int64, types.float64))
+@helper
+def _all_half(codes):
+    """Whether all rows are bfloat16: then they go from stored numbers to the result in registers."""
+    for m in range(len(codes)):
+        if codes[m] != _BF16:
+            return False
+    return True
 
 
 @helper
 def _tile(row, code, start, n, out):
     """Decode the numbers start … start + n of a row."""
-    bits = out.view(np.uint32)
+    bits = _words_of(out)
     if code == _BF16:
         halves = halves_at(row + 2 * start, n)
         for i in range(n):
@@ -163,10 +127,10 @@ def _delta(row, code, start, n, pivot, out):
 @compiled(types.boolean(ROW, types.int64, types.int64, NUMBERS))
 def decode(row, code, n, out):
     """See `twins.decode`."""
-    bits, worst = out.view(np.uint32), np.uint32(0)
+    bits, worst = _words_of(out), np.uint32(0)
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
-        _tile(np.int64(row.ctypes.data), code, start, m, out[start:start + m])
+        _tile(address(row), code, start, m, out[start:start + m])
         part = bits[start:start + m]
         for i in range(m):
             worst = max(worst, part[i] & _SIGN)
@@ -176,9 +140,9 @@ def decode(row, code, n, out):
 @helper
 def _store(values, code, out, start, n):
     """Encode n numbers as the elements start … start + n of `out`; the twin of dtypes.encode and dtypes.overflowed."""
-    bits, worst = values.view(np.uint32), np.uint32(0)
+    bits, worst = _words_of(values), np.uint32(0)
     if code == _BF16:
-        halves = out.view(np.uint16)[start:start + n]
+        halves = halves_at(address(out) + 2 * start, n)
         for i in range(n):  # without the many casts numba reckons in 64 bits, half as fast
             b = bits[i]
             odd = np.uint32(b >> np.uint32(16)) & np.uint32(1)
@@ -188,7 +152,7 @@ def _store(values, code, out, start, n):
             worst = max(worst, np.uint32(rounded & np.uint32(0x7FFF)))
         return worst < np.uint32(0x7F80)
     if code == _F16:
-        halves = out.view(np.uint16)[start:start + n]
+        halves = halves_at(address(out) + 2 * start, n)
         for i in range(n):
             half = np.uint32(_float_to_half(values[i]))
             half = np.uint32(0x7E00) if np.uint32(bits[i] & _SIGN) > _INFINITE else half
@@ -196,13 +160,13 @@ def _store(values, code, out, start, n):
             worst = max(worst, np.uint32(half & np.uint32(0x7FFF)))
         return worst < np.uint32(0x7C00)
     if code == F32:
-        whole = out.view(np.uint32)[start:start + n]
+        whole = words_at(address(out) + 4 * start, n)
         for i in range(n):
             b = bits[i]
             whole[i] = _NAN if b & _SIGN > _INFINITE else b
             worst = max(worst, b & _SIGN)
     else:
-        doubles = out.view(np.float64)[start:start + n]
+        doubles = doubles_at(address(out) + 8 * start, n)
         for i in range(n):
             doubles[i] = np.nan if bits[i] & _SIGN > _INFINITE else np.float64(values[i])
             worst = max(worst, bits[i] & _SIGN)
@@ -223,8 +187,8 @@ def all_finite_at(row, code, n):
         for i in range(n):
             most = max(most, np.uint16(halves[i] & np.uint16(0x7FFF)))
         return most < np.uint16(0x7F80)
-    values, worst = np.empty(min(TILE, n), np.float32), np.uint32(0)
-    bits = values.view(np.uint32)
+    values, worst = _floats(), np.uint32(0)
+    bits = _words_of(values)
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
         _tile(row, code, start, m, values)
@@ -236,7 +200,7 @@ def all_finite_at(row, code, n):
 @compiled(types.boolean(ROW, types.int64, types.int64))
 def all_finite(row, code, n):
     """See `twins.all_finite`."""
-    return all_finite_at(np.int64(row.ctypes.data), code, n)
+    return all_finite_at(address(row), code, n)
 
 
 @helper
@@ -249,12 +213,14 @@ def _fold(lanes):
     return lanes[0]
 
 
-@compiled(types.void(ROWS, CODES, types.int64, types.float64[:, ::1]))
+@compiled(types.void(ROWS, CODES, types.int64, SUMS), of_rows=True)
 def sum_changes(rows, codes, n, sums):
     """See `twins.sum_changes`."""
-    count, halves = len(rows) - 1, np.all(codes == _BF16)
-    pivot, moved, wide = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32), np.zeros(TILE)
-    lanes, changed = np.zeros((2 * count + 1, LANES)), np.zeros((count, LANES), np.int32)
+    count, halves = len(rows) - 1, _all_half(codes)
+    pivot, moved, wide = _floats(), _floats(), _doubles()
+    room, rest = heap(8 * LANES * (2 * count + 1)), heap(4 * LANES * count)
+    lanes, changed = doubles_at(room, (2 * count + 1, LANES)), ints_at(rest, (count, LANES))
+    lanes[:, :], changed[:, :] = 0, 0
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
         if halves and m % LANES == 0:
@@ -274,23 +240,35 @@ def sum_changes(rows, codes, n, sums):
             _tile(rows[j + 1], codes[j + 1], start, m, moved)
             add_changes(moved, pivot, wide, m, lanes[2 * j], lanes[2 * j + 1], changed[j])
     for j in range(count):
-        sums[j, 0], sums[j, 1], sums[j, 2] = _fold(lanes[2 * j]), _fold(lanes[2 * j + 1]), changed[j].sum()
+        sums[j, 0], sums[j, 1], sums[j, 2] = _fold(lanes[2 * j]), _fold(lanes[2 * j + 1]), 0
+        for lane in range(LANES):
+            sums[j, 2] += changed[j, lane]
     sums[count, 0], sums[count, 1], sums[count, 2] = _fold(lanes[2 * count]), 0, 0
+    release(room)
+    release(rest)
 
 
-@compiled(types.boolean(ROWS, CODES, types.int64, read_only(types.float64, 1), types.int64, BYTES))
+@compiled(types.boolean(ROWS, CODES, types.int64, DOUBLES, types.int64, BYTES), of_rows=True)
 def weigh(rows, codes, n, weights, code, out):
     """See `twins.weigh`."""
-    base, halves = np.argmax(weights), np.all(codes == _BF16) and code == _BF16
-    heaviest, apart, shift = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    others = np.array([j for j in range(len(rows)) if j != base and weights[j] != 0], np.int64)
-    factors, worst = weights[others].astype(np.float32), np.empty(AT_ONCE, np.uint32)
-    finite = True
+    base, halves, count, finite = 0, _all_half(codes) and code == _BF16, 0, True
+    heaviest, apart, shift, worst = _floats(), _floats(), _floats(), _largest()
+    room, rest = heap(8 * len(rows)), heap(4 * len(rows))
+    others, factors = integers_at(room, len(rows)), floats_at(rest, len(rows))
+    for j in range(1, len(rows)):
+        if weights[j] > weights[base]:
+            base = j
+    for j in range(len(rows)):
+        if j != base and weights[j] != 0:
+            others[count], factors[count] = j, np.float32(weights[j])
+            count += 1
+    others, factors = others[:count], factors[:count]
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
         if halves and m % AT_ONCE == 0:
-            weigh_halves(rows, base, others, factors, start, m, out.view(np.uint16), worst)
-            finite &= worst.max() < np.uint32(0x7F80)
+            weigh_halves(rows, base, others, factors, start, m, address(out), worst)
+            for lane in range(AT_ONCE):
+                finite &= worst[lane] < np.uint32(0x7F80)
             continue
         _tile(rows[base], codes[base], start, m, heaviest)
         shift[:m] = 0
@@ -301,13 +279,16 @@ def weigh(rows, codes, n, weights, code, out):
         for i in range(m):
             heaviest[i] += shift[i]
         finite &= _store(heaviest, code, out, start, m)
+    release(room)
+    release(rest)
     return finite
 
 
-@compiled(types.float64(read_only(types.float32, 1)), types.float64(read_only(types.float64, 1)))
+@compiled(types.float64(FACTORS), types.float64(DOUBLES))
 def lane_sum(values):
     """See `twins.lane_sum`."""
-    lanes, whole = np.zeros(LANES), len(values) // LANES * LANES
+    lanes, whole = _lanes(), len(values) // LANES * LANES
+    lanes[:] = 0
     for r in range(0, whole, LANES):
         for lane in range(LANES):
             lanes[lane] += np.float64(values[r + lane])
@@ -316,10 +297,11 @@ def lane_sum(values):
     return _fold(lanes)
 
 
-@compiled(types.float64(read_only(types.float32, 1)))
+@compiled(types.float64(FACTORS))
 def lane_squares(values):
     """See `twins.lane_squares`."""
-    lanes, whole = np.zeros(LANES), len(values) // LANES * LANES
+    lanes, whole = _lanes(), len(values) // LANES * LANES
+    lanes[:] = 0
     for r in range(0, whole, LANES):
         for lane in range(LANES):
             value = np.float64(values[r + lane])
@@ -330,10 +312,11 @@ def lane_squares(values):
     return _fold(lanes)
 
 
-@compiled(types.float64(read_only(types.float64, 1), read_only(types.float64, 1)))
+@compiled(types.float64(DOUBLES, DOUBLES))
 def lane_product(one, other):
     """See `twins.lane_product`."""
-    lanes, whole = np.zeros(LANES), len(one) // LANES * LANES
+    lanes, whole = _lanes(), len(one) // LANES * LANES
+    lanes[:] = 0
     for r in range(0, whole, LANES):
         for lane in range(LANES):
             lanes[lane] += one[r + lane] * other[r + lane]
@@ -354,14 +337,14 @@ def draw(low, high, out):
         out[i] = x ^ x >> np.uint32(15)
 
 
-@compiled(types.void(read_only(types.uint32, 1), types.int64[::1]))
+@compiled(types.void(WORDS, types.int64[::1]))
 def count_upper(bits, out):
     """See `twins.count_upper`."""
     for i in range(len(bits)):
         out[bits[i] >> np.uint32(16)] += 1
 
 
-@compiled(types.void(read_only(types.uint32, 1), types.uint32, types.int64[::1]))
+@compiled(types.void(WORDS, types.uint32, types.int64[::1]))
 def count_lower(bits, upper, out):
     """See `twins.count_lower`."""
     for i in range(len(bits)):
@@ -390,10 +373,12 @@ def _vote(deltas, side):
 @compiled(types.void(DELTAS, WORDS))
 def majority(deltas, sign):
     """See `twins.majority`."""
-    total = np.empty(TILE, np.float32)
+    total = _floats()
     for start in range(0, len(sign), TILE):
         m = min(TILE, len(sign) - start)
-        total[:m] = deltas[0, start:start + m]
+        first = deltas[0, start:start + m]
+        for i in range(m):
+            total[i] = first[i]
         for j in range(1, len(deltas)):
             its = deltas[j, start:start + m]
             for i in range(m):
@@ -403,17 +388,17 @@ def majority(deltas, sign):
             part[i] = np.uint32(0x80000000) if total[i] < 0 else np.uint32(0)
 
 
-@compiled(types.void(DELTAS, read_only(types.uint32, 1), read_only(types.float32, 1), NUMBERS))
+@compiled(types.void(DELTAS, WORDS, FACTORS, NUMBERS))
 def add_agreeing(deltas, sign, table, total):
     """See `twins.add_agreeing`."""
-    turned, which = np.empty(TILE, np.uint32), np.empty(TILE, np.int32)
-    values, zero = turned.view(np.float32), np.float32(0)
+    turned, which = _words(), _ints()
+    values, zero = floats_at(address(turned), TILE), np.float32(0)
     for start in range(0, len(sign), TILE):
         m = min(TILE, len(sign) - start)
         out, its_sign = total[start:start + m], sign[start:start + m]
         out[:], which[:] = 0, 0
         for j in range(len(deltas)):
-            bits = deltas[j].view(np.uint32)[start:start + m]
+            bits = _words_of(deltas[j])[start:start + m]
             for i in range(m):
                 turned[i] = bits[i] ^ its_sign[i]
             for i in range(m):
@@ -424,16 +409,18 @@ def add_agreeing(deltas, sign, table, total):
         if len(table):
             for i in range(m):
                 out[i] /= table[which[i]]
-        turned_out = out.view(np.uint32)
+        turned_out = _words_of(out)
         for i in range(m):
             turned_out[i] ^= its_sign[i]
 
 
-@compiled(types.void(ROWS, CODES, types.int64, types.float64[::1]))
+@compiled(types.void(ROWS, CODES, types.int64, types.float64[::1]), of_rows=True)
 def squares(rows, codes, n, out):
     """See `twins.squares`."""
-    count, halves = len(rows) - 1, np.all(codes == _BF16)
-    pivot, moved, lanes = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32), np.zeros((count, LANES))
+    count, halves = len(rows) - 1, _all_half(codes)
+    pivot, moved, room = _floats(), _floats(), heap(8 * LANES * count)
+    lanes = doubles_at(room, (count, LANES))
+    lanes[:, :] = 0
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
         if halves and m % LANES == 0:
@@ -448,6 +435,7 @@ def squares(rows, codes, n, out):
             add_change_squares(moved, pivot, m, lanes[j])
     for j in range(count):
         out[j] += _fold(lanes[j])
+    release(room)
 
 
 @helper
@@ -475,7 +463,7 @@ def _mark_above(bits, m, cut, inside):
 def _drop(values, at, m, drop, inside, outside):
     """See `twins._dropped`; `values` are those from `at` on in their block."""
     if drop[0] == 1:
-        bits = values.view(np.uint32)
+        bits = _words_of(values)
         _mark_above(bits, m, drop[1:3], inside)
         _mark_above(bits, m, drop[3:5], outside)
         for i in range(m):
@@ -491,8 +479,10 @@ def _drop(values, at, m, drop, inside, outside):
 def sizes_at(at, rows, codes, n, drops, out):
     """As `sizes`, for the numbers from `at` on of those that `drops` speaks of."""
     count = len(rows) - 1
-    pivot, delta = np.zeros(TILE, np.float32), np.zeros(TILE, np.float32)
-    inside, outside, lanes = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.zeros((2 * count, LANES))
+    pivot, delta, inside, outside = _floats(), _floats(), _words(), _words()
+    room = heap(16 * LANES * count)
+    lanes = doubles_at(room, (2 * count, LANES))
+    lanes[:, :] = 0
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
         _tile(rows[0], codes[0], start, m, pivot)
@@ -505,19 +495,20 @@ def sizes_at(at, rows, codes, n, drops, out):
     for j in range(count):
         out[j, 0] += _fold(lanes[2 * j])
         out[j, 1] += _fold(lanes[2 * j + 1])
+    release(room)
 
 
-@compiled(types.void(ROWS, CODES, types.int64, DROPS, types.float64[:, ::1]))
+@compiled(types.void(ROWS, CODES, types.int64, DROPS, SUMS), of_rows=True)
 def sizes(rows, codes, n, drops, out):
     """See `twins.sizes`."""
     sizes_at(0, rows, codes, n, drops, out)
 
 
-@compiled(types.void(ROWS, CODES, types.int64, CODES, CODES, types.int64[:, ::1]))
+@compiled(types.void(ROWS, CODES, types.int64, CODES, CODES, COUNTS), of_rows=True)
 def count_changes(rows, codes, n, targets, uppers, out):
     """See `twins.count_changes`."""
-    pivot, delta = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    bits = delta.view(np.uint32)
+    pivot, delta = _floats(), _floats()
+    bits = _words_of(delta)
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
         _tile(rows[0], codes[0], start, m, pivot)
@@ -537,17 +528,18 @@ def count_changes(rows, codes, n, targets, uppers, out):
 def elect_at(at, rows, codes, n, drops, factors, vote_first, table, scale, out):
     """As `elect`, for the numbers from `at` on of those that `drops` speaks of, into the first n of `out`."""
     count, factor, zero, one = len(rows) - 1, np.float32(scale), np.float32(0), np.float32(1)
-    pivot, room, side = np.empty(TILE, np.float32), np.empty(count * TILE, np.float32), np.empty(TILE, np.float32)
-    inside, outside, which = np.empty(TILE, np.uint32), np.empty(TILE, np.uint32), np.empty(TILE, np.int32)
-    halves, votes = np.all(codes == _BF16) and not drops[:, 0].any() and not len(table), np.ones(count, np.float32)
-    if not vote_first:
-        votes[:] = factors
+    pivot, side, inside, outside, which = _floats(), _floats(), _words(), _words(), _ints()
+    room, rest = heap(4 * count * TILE), heap(4 * count)
+    votes, halves = floats_at(rest, count), _all_half(codes) and not len(table)
+    for j in range(count):
+        halves &= drops[j, 0] == 0
+        votes[j] = one if vote_first else factors[j]
     for start in range(0, n, TILE):
         m = min(TILE, n - start)
         if halves and m % AT_ONCE == 0:
             elect_halves(rows, votes, factors, factor, start, m, out[start:start + m])
             continue
-        part, deltas = out[start:start + m], room[:count * m].reshape(count, m)
+        part, deltas = out[start:start + m], floats_at(room, (count, m))
         _tile(rows[0], codes[0], start, m, pivot)
         for j in range(count):
             its, weight = deltas[j], factors[j]
@@ -576,9 +568,11 @@ def elect_at(at, rows, codes, n, drops, factors, vote_first, table, scale, out):
                 part[i] *= factor
         for i in range(m):
             part[i] = part[i] * side[i] + pivot[i]
+    release(room)
+    release(rest)
 
 
-@compiled(types.void(ROWS, CODES, types.int64, DROPS, FACTORS, types.boolean, FACTORS, types.float64, NUMBERS))
+@compiled(types.void(ROWS, CODES, types.int64, DROPS, FACTORS, types.boolean, FACTORS, types.float64, NUMBERS), of_rows=True)
 def elect(rows, codes, n, drops, factors, vote_first, table, scale, out):
     """See `twins.elect`."""
     elect_at(0, rows, codes, n, drops, factors, vote_first, table, scale, out)
@@ -587,7 +581,7 @@ def elect(rows, codes, n, drops, factors, vote_first, table, scale, out):
 @compiled(types.void(DELTAS, NUMBERS))
 def spread(deltas, out):
     """See `twins.spread`."""
-    mean, total, count = np.empty(TILE), np.empty(TILE), np.float64(len(deltas))
+    mean, total, count = _doubles(), _doubles(), np.float64(len(deltas))
     for start in range(0, len(out), TILE):
         m = min(TILE, len(out) - start)
         mean[:m], total[:m] = 0, 0
@@ -622,7 +616,7 @@ def multiply(left, right, out):
                     part[i] += factor * its[i]
 
 
-@compiled(types.void(read_only(types.uint64, 1), types.int64, read_only(types.uint64, 2), types.uint64[:, ::1]))
+@compiled(types.void(types.uint64[::1], types.int64, KEYS, types.uint64[:, ::1]))
 def hash_words(words, first, keys, sums):
     """See `twins.hash_words`."""
     size, at = keys.shape[1], 0

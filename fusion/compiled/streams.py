@@ -10,9 +10,6 @@ not give a page of a mapped file.
 mapped (else 0) and that of the word which says that a page was lost; `places` [models] gets the addresses of a block; `hashes`
 [models, chunks, 2] gets the sums of the digest's chunks from `start` on. There is no twin: `blocks` reads in Python where this
 cannot be had.
-
-numba's cache looks at the file of a loop only, and these loops hold those of another one. KERNELS is the digest of that one (a
-test says when it must be brought up to date), so that whoever gets new kernels gets a new file here.
 """
 
 from __future__ import annotations
@@ -26,26 +23,30 @@ from fusion.compiled import kernels
 from fusion.compiled.kernels import (
     BYTES,
     CODES,
+    COUNT,
+    COUNTS,
+    DOUBLES,
     DROPS,
     FACTORS,
+    KEYS,
     NUMBERS,
+    ROWS,
+    SUMS,
     all_finite_at,
     elect_at,
     hash_words,
-    longs_at,
     sizes_at,
 )
+from fusion.compiled.memory import address, longs_at
+from fusion.compiled.registry import compiled, helper
 from fusion.compiled.twins import BLOCK
 
-KERNELS = "eab3389cd3732739"
-FILES, KEYS = kernels.read_only(types.int64, 2), kernels.read_only(types.uint64, 2)
-HASHES, FILLED, PLACES = types.uint64[:, :, ::1], types.uint8[:, ::1], types.int64[::1]
-COUNT, SUMS = types.int64, types.float64[:, ::1]
-WHERE = (FILES, CODES, COUNT, COUNT, FILLED, PLACES, KEYS, HASHES)
+FILES, FILLED, HASHES = types.int64[:, ::1], types.uint8[:, ::1], types.uint64[:, :, ::1]
+WHERE = (FILES, CODES, COUNT, COUNT, FILLED, ROWS, KEYS, HASHES)
 _pread = types.ExternalFunction("pread", types.intp(types.int32, types.uintp, types.uintp, types.int64))
 
 
-@kernels.helper
+@helper
 def _item(code):
     return 8 if code == kernels.F64 else 4 if code == kernels.F32 else 2
 
@@ -59,7 +60,7 @@ def _word(context, address):
     return types.int64(types.int64), generate
 
 
-@kernels.helper
+@helper
 def _done(files, n):
     """The n of a loop that handled as many numbers, or −1 where a page of a mapped file was lost."""
     for m in range(len(files)):
@@ -68,7 +69,7 @@ def _done(files, n):
     return n
 
 
-@kernels.helper
+@helper
 def _read(file, first, nbytes, out):
     """Read these bytes of a file to an address; whether all were there."""
     done = 0
@@ -80,7 +81,7 @@ def _read(file, first, nbytes, out):
     return True
 
 
-@kernels.helper
+@helper
 def _fill(files, codes, start, n, rows, places, keys, hashes, at, mapped):
     """See `fill`; where it may be `mapped`, `places` get addresses there and nothing is read."""
     for m in range(len(files)):
@@ -89,7 +90,7 @@ def _fill(files, codes, start, n, rows, places, keys, hashes, at, mapped):
         if mapped and files[m, 3] and nbytes % 8 == 0:
             places[m] = files[m, 3] + first
         else:
-            places[m] = np.int64(rows[m].ctypes.data)
+            places[m] = address(rows[m])
             if not _read(files[m, 0], files[m, 1] + first, nbytes, places[m]):
                 return False
             rows[m, nbytes:-(-nbytes // 8) * 8] = 0
@@ -101,13 +102,13 @@ def _fill(files, codes, start, n, rows, places, keys, hashes, at, mapped):
     return True
 
 
-@kernels.compiled(types.boolean(*WHERE, COUNT))
+@compiled(types.boolean(*WHERE, COUNT))
 def fill(files, codes, start, n, rows, places, keys, hashes, at):
     """Read the numbers start … start + n of every model into `rows`, their hashes into `hashes` as those from `at` on."""
     return _fill(files, codes, start, n, rows, places, keys, hashes, at, False)
 
 
-@kernels.helper
+@helper
 def _next(files, codes, start, at, n, rows, places, keys, hashes, check):
     """Get the block behind the first `at` of the n numbers to `places`; returns its count, 0 at the end and where the caller
     must look: it cannot be read whole or, if `check`, is not finite."""
@@ -120,7 +121,7 @@ def _next(files, codes, start, at, n, rows, places, keys, hashes, check):
     return m if sound else 0
 
 
-@kernels.compiled(COUNT(*WHERE, SUMS, SUMS))
+@compiled(COUNT(*WHERE, SUMS, SUMS))
 def sum_changes(files, codes, start, n, rows, places, keys, hashes, part, sums):
     """Add the sums of every block to `sums` [J + 1, 3]; see `twins.sum_changes`. `part`: room for those of one block."""
     at = 0
@@ -139,7 +140,7 @@ def sum_changes(files, codes, start, n, rows, places, keys, hashes, part, sums):
     return _done(files, at)
 
 
-@kernels.compiled(COUNT(*WHERE, kernels.read_only(types.float64, 1), COUNT, BYTES))
+@compiled(COUNT(*WHERE, DOUBLES, COUNT, BYTES))
 def weigh(files, codes, start, n, rows, places, keys, hashes, weights, code, out):
     """Write the weighted average of every block into `out`; see `twins.weigh`."""
     at, item = 0, _item(code)
@@ -157,7 +158,7 @@ def weigh(files, codes, start, n, rows, places, keys, hashes, weights, code, out
     return _done(files, at)
 
 
-@kernels.compiled(COUNT(*WHERE, types.boolean, types.float64[::1]))
+@compiled(COUNT(*WHERE, types.boolean, DOUBLES))
 def squares(files, codes, start, n, rows, places, keys, hashes, check, out):
     """Add the squares of the changes to `out`; see `twins.squares`. `check`: stop before a block that is not finite."""
     at = 0
@@ -170,7 +171,7 @@ def squares(files, codes, start, n, rows, places, keys, hashes, check, out):
     return _done(files, at)
 
 
-@kernels.compiled(COUNT(*WHERE, types.boolean, CODES, CODES, types.int64[:, ::1]))
+@compiled(COUNT(*WHERE, types.boolean, CODES, CODES, COUNTS))
 def count_changes(files, codes, start, n, rows, places, keys, hashes, check, targets, uppers, out):
     """Count the changes of some targets in `out`; see `twins.count_changes`, and `squares`."""
     at = 0
@@ -183,7 +184,7 @@ def count_changes(files, codes, start, n, rows, places, keys, hashes, check, tar
     return _done(files, at)
 
 
-@kernels.compiled(COUNT(*WHERE, types.boolean, DROPS, SUMS))
+@compiled(COUNT(*WHERE, types.boolean, DROPS, SUMS))
 def sizes(files, codes, start, n, rows, places, keys, hashes, check, drops, out):
     """Add the magnitudes of the changes to `out`; see `twins.sizes`, and `squares`."""
     at = 0
@@ -196,7 +197,7 @@ def sizes(files, codes, start, n, rows, places, keys, hashes, check, drops, out)
     return _done(files, at)
 
 
-@kernels.compiled(COUNT(*WHERE, types.boolean, DROPS, FACTORS, types.boolean, FACTORS, types.float64, NUMBERS))
+@compiled(COUNT(*WHERE, types.boolean, DROPS, FACTORS, types.boolean, FACTORS, types.float64, NUMBERS))
 def elect(files, codes, start, n, rows, places, keys, hashes, check, drops, factors, vote_first, table, scale, out):
     """Write the pivot and the elected changes into `out`; see `twins.elect`, and `squares`."""
     at = 0

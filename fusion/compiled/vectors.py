@@ -195,14 +195,14 @@ def add_changes(context, moved, pivot, wide, n, squares, sizes, changed):
 
 @intrinsic
 def weigh_halves(context, rows, base, others, weights, start, n, out, worst):
-    """Write the weighted average of the numbers start … start + n, a multiple of AT_ONCE, to `out` [start … ] (uint16).
+    """Write the weighted average of the numbers start … start + n, a multiple of AT_ONCE, as such behind the address `out`.
 
     `base` is the heaviest row, `others` are the rest and `weights` theirs; `worst` [AT_ONCE] uint32 gets the largest
     magnitudes that were stored.
     """
     def generate(context, builder, signature, arguments):
         code = Code(context, builder, signature, arguments, AT_ONCE)
-        _, base, _, _, start, n, _, _ = code.arguments
+        _, base, _, _, start, n, out, _ = code.arguments
         shift, worst = code.variable(_FLOAT), code.variable(_WORD)
         builder.store(code.all(_WORD, 0), worst)
         with code.steps(n, AT_ONCE) as step:
@@ -215,7 +215,8 @@ def weigh_halves(context, rows, base, others, weights, start, n, out, worst):
             rounded = _rounded(code, builder.fadd(heaviest, builder.load(shift)))
             size, most = builder.and_(rounded, code.all(_WORD, 0x7FFF)), builder.load(worst)
             builder.store(builder.select(builder.icmp_unsigned(">", size, most), size, most), worst)
-            code.store(builder.trunc(rounded, ir.VectorType(_HALF, AT_ONCE)), code.place(6, at))
+            place = builder.inttoptr(builder.add(out, builder.shl(at, ir.Constant(at.type, 1))), _HALF.as_pointer())
+            code.store(builder.trunc(rounded, ir.VectorType(_HALF, AT_ONCE)), place)
         code.store(builder.load(worst), code.place(7, ir.Constant(code.size, 0)))
         return context.get_dummy_value()
     return types.void(rows, base, others, weights, start, n, out, worst), generate
