@@ -28,10 +28,11 @@ from fusion.threads import THREADS
 
 if TYPE_CHECKING:
     from fusion.checkpoint import Checkpoint
+    from fusion.files import Span
 
 CHUNK_BYTES = 4096
 PREFIX = "fc1:"
-_READ_BYTES = 1 << 18
+_READ_BYTES, _MAPPED_BYTES = 1 << 18, 1 << 22
 _WORDS = CHUNK_BYTES // 8  # 64-bit words, each of which is two of 32 bits
 KEYS = np.frombuffer(hashlib.shake_256(b"fusechat content digest 1").digest(4 * 4 * _WORDS), "<u4")
 KEYS = np.ascontiguousarray((KEYS | 1).reshape(2, _WORDS, 2).transpose(0, 2, 1).reshape(4, _WORDS), np.uint64)
@@ -108,8 +109,18 @@ def read_dtype(checkpoint: Checkpoint, name: str) -> str:
 
 def digest_tensor(checkpoint: Checkpoint, name: str, stop: threading.Event | None = None) -> str:
     """Read one tensor and return its digest; an unfinished one ("") when `stop` is set meanwhile."""
-    digest = TensorDigest(read_dtype(checkpoint, name), checkpoint.info[name].shape)
-    for start_byte, data in _pieces(checkpoint, name, digest.dtype):
+    span, dtype = checkpoint.span(name), read_dtype(checkpoint, name)
+    if span is not None and span.map is not None:
+        value = _value(checkpoint, name, dtype, _mapped(span), stop)
+        if not span.map.broken:
+            return value
+    return _value(checkpoint, name, dtype, _pieces(checkpoint, name, dtype), stop)
+
+
+def _value(checkpoint: Checkpoint, name: str, dtype: str, pieces: Iterator[tuple[int, np.ndarray]],
+           stop: threading.Event | None) -> str:
+    digest = TensorDigest(dtype, checkpoint.info[name].shape)
+    for start_byte, data in pieces:
         if stop is not None and stop.is_set():
             return ""
         digest.update(start_byte, data)
@@ -144,6 +155,11 @@ def digest_tensors(checkpoint: Checkpoint, known: Mapping[str, str] | None = Non
 
 def _as_stored(checkpoint: Checkpoint, name: str) -> bool:
     return checkpoint.plain(name) or checkpoint.info[name].dtype not in FLOATS
+
+
+def _mapped(span: Span) -> Iterator[tuple[int, np.ndarray]]:
+    for start in range(0, span.nbytes, _MAPPED_BYTES):
+        yield start, span.map.view(span.start + start, min(_MAPPED_BYTES, span.nbytes - start))
 
 
 def _pieces(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[tuple[int, np.ndarray]]:

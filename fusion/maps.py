@@ -4,7 +4,7 @@
     here.address, here.lost                 # of the first byte; of the word that is not 0 once a page could not be had
 
 A file that becomes shorter while it is mapped would end the process, so nothing is mapped without the handler of
-`compiled.guard`. Only loops of `compiled.streams` may read a map: they look at that word.
+`compiled.guard`. Whoever reads a map looks at that word afterwards.
 """
 
 from __future__ import annotations
@@ -49,6 +49,15 @@ class Map:
             _table[self._entry:self._entry + _ENTRY] = self.address, self.address + self.size, 0
             _table[0] = max(_table[0], (self._entry - _HEAD) // _ENTRY + 1)
         self.lost = _table.ctypes.data + 8 * (self._entry + 2)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a page could not be had: what was read is worthless, and so is all that will be."""
+        return bool(_table[self._entry + 2])
+
+    def view(self, start: int, nbytes: int) -> np.ndarray:
+        """These bytes of the file, uint8, for as long as the map lives; look at `broken` after reading them."""
+        return self._bytes[start:start + nbytes]
 
     def __del__(self):
         if hasattr(self, "lost"):
