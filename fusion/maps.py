@@ -29,12 +29,13 @@ _lock = threading.Lock()
 class _Action(ctypes.Structure):
     """How Linux's C libraries lay out what is done for a signal."""
 
-    _fields_ = [("handler", ctypes.c_void_p), ("mask", ctypes.c_ubyte * 128), ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p)]
+    _fields_ = (("handler", ctypes.c_void_p), ("mask", ctypes.c_ubyte * 128),
+                ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p))
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _SA_SIGINFO, _SA_RESTART = 4, 0x10000000
-_GUARDED = sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64")
+GUARDED = sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64")
 _before = _Action()
 
 
@@ -67,7 +68,7 @@ class Map:
 
 def mapped(descriptor: int) -> Map | None:
     """The map of an open file, None where files are read: no compiled loops, another system, no file that can be mapped."""
-    if not _GUARDED or compiled.streaming() is None:
+    if not GUARDED or compiled.streaming() is None:
         return None
     try:
         _watch()

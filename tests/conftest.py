@@ -124,3 +124,12 @@ def browser():
 
     with chromium() as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The compiled loops; built once, which takes most of a minute."""
+    pytest.importorskip("numba")
+    from fusion.compiled import library
+
+    return library.find() or library.make()

@@ -3,17 +3,19 @@
     compiled.prepare(nbytes)                # at the start of a piece of work that will handle so many bytes
     compiled.loops().hash_words(…)          # per block of `compiled.block()` numbers: whichever of them is ready
 
-Machine code is loaded from a file (`library`) when the work is large enough to pay for that. Where there is none yet, numba
-makes it (`build`) in a thread of its own while numpy works; numba is optional. FUSECHAT_COMPILED=0 keeps to numpy, 1 waits for
+Machine code is loaded from a file (`library`) when the work is large enough to pay for that. Where there is none yet, a process
+of its own makes it with numba (`build`) while numpy works; numba is optional. FUSECHAT_COMPILED=0 keeps to numpy, 1 waits for
 machine code whatever the size. Price: some hundredths of a second per process, and once some forty seconds of one core.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 import threading
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -25,11 +27,8 @@ if TYPE_CHECKING:
     from fusion.compiled.library import Library
 
 DEVICE_BLOCKS = 64  # blocks handed to a device at once: a transfer of some megabytes takes longer than to begin it
-PAYS_BYTES = 50_000_000  # measured: 0.05 s to load, 1 s of processor time saved for each GB read
-PATIENCE_S = 2.5  # loading from the cache takes less; beside it numpy would get little done and slow it down
+LOADING_PAYS, BUILDING_PAYS = 50_000_000, 400_000_000  # bytes: measured, 1 s of processor time saved for each GB read
 _lock = threading.Lock()
-
-
 _thread: threading.Thread | None = None
 _library: Library | None = None
 _refused = False
@@ -62,7 +61,7 @@ def most() -> int:
 
 
 def prepare(nbytes: int, device: str | None = None) -> None:
-    """Load the compiled loops if handling `nbytes` pays for it; returns when they are ready or must first be compiled.
+    """Load the compiled loops if handling `nbytes` pays for it, or let them be built; returns when they are ready or it has begun.
 
     With FUSECHAT_COMPILED=1 it waits for that too. `device`: "cpu", "auto" (a GPU where there is one), or one that torch
     knows; it holds for all work of this process until another one is given.
@@ -85,26 +84,39 @@ def _on_processor() -> ModuleType | SimpleNamespace:
 
 
 def _prepare_kernels(nbytes: int) -> None:
-    global _thread, _refused
+    global _library, _thread, _refused
     wish = os.environ.get("FUSECHAT_COMPILED", "")
     _refused = wish == "0"
-    if _refused or (wish != "1" and nbytes < PAYS_BYTES):
+    if _refused or _library is not None or (wish != "1" and nbytes < LOADING_PAYS):
         return
     with _lock:
-        if _thread is None:
-            _thread = threading.Thread(target=_load, name="compiled loops")
+        _library = _library or _unless_it_fails(lambda library: library.find())
+        if _library is None and _thread is None and (wish == "1" or nbytes >= BUILDING_PAYS):
+            _thread = threading.Thread(target=_make, name="compiled loops", daemon=True)
             _thread.start()
-    _thread.join(None if wish == "1" else PATIENCE_S)
-    if wish == "1" and _library is None:
+    if wish != "1":
+        return
+    if _thread is not None:
+        _thread.join()
+    if _library is None:
         raise ResourceError("the compiled loops cannot be used", where="FUSECHAT_COMPILED=1",
-                                todo="Install numba, or unset FUSECHAT_COMPILED.")
+                            todo="Install numba, or unset FUSECHAT_COMPILED.")
 
 
-def _load() -> None:
+def _make() -> None:
     global _library
-    try:
-        _library = importlib.import_module("fusion.compiled.library").load()
-    except ImportError:
+    if importlib.util.find_spec("numba") is None:
         logging.getLogger(__name__).info("numba is not installed; numpy does the work")
-    except Exception as error:  # a numba that does not fit this Python or processor must not stop a merge that works without
-        logging.getLogger(__name__).warning("numba cannot be used (%s: %s); numpy does the work", type(error).__name__, error)
+    else:
+        _library = _unless_it_fails(lambda library: library.make())
+
+
+def _unless_it_fails(get: Callable[[ModuleType], Library | None]) -> Library | None:
+    """What `get` gets from the library's module; a numba or LLVM that does not fit must not stop work that goes without."""
+    try:
+        return get(importlib.import_module("fusion.compiled.library"))
+    except ImportError:
+        return None
+    except Exception as error:
+        logging.getLogger(__name__).warning("loops cannot be compiled (%s: %s); numpy does the work", type(error).__name__, error)
+        return None

@@ -83,10 +83,10 @@ def _words_of(numbers):
 @helper
 def _all_half(codes):
     """Whether all rows are bfloat16: then they go from stored numbers to the result in registers."""
+    same = True
     for m in range(len(codes)):
-        if codes[m] != _BF16:
-            return False
-    return True
+        same &= codes[m] == _BF16
+    return same
 
 
 @helper

@@ -59,8 +59,8 @@ def on_stack(kind: types.Type, n: int):
     def array(context):
         def generate(context, builder, signature, arguments):
             item = context.get_data_type(kind)
-            room, made = cgutils.alloca_once(builder, ir.ArrayType(item, n)), context.make_array(signature.return_type)(context, builder)
-            room.align = LINE_BYTES
+            room, made = cgutils.alloca_once(builder, ir.ArrayType(item, n)), context.make_array(signature.return_type)
+            room.align, made = LINE_BYTES, made(context, builder)
             count, step = (context.get_constant(types.intp, value) for value in (n, context.get_abi_sizeof(item)))
             data = builder.bitcast(room, item.as_pointer())
             arrayobj.populate_array(made, data, shape=[count], strides=[step], itemsize=step, meminfo=None)
