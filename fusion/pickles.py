@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fusion.caching import cache_folder
 from fusion.errors import CheckpointError, OutputError, ResourceError
 from fusion.files import INDEX, PICKLES, file_names, read_index
 
@@ -25,12 +26,6 @@ _TAIL_BYTES = 1 << 20  # a zip ends with its directory, which holds a checksum o
 _TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
           "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _SAFE = "Get it as safetensors, or from the people who made it."
-
-
-def cache_folder() -> Path:
-    """Where converted weights are kept: $FUSECHAT_CACHE, or `fusechat` in the person's cache folder."""
-    own = os.environ.get("FUSECHAT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusechat"
 
 
 def pickled_files(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from fusion.methods.weighted import weighted
 from fusion.progress import finish
 from fusion.recipe import Recipe
 from tests.conftest import load_tensors, save_checkpoint
+from tests.test_structure import imports
 
 UP = "model.layers.0.mlp.up_proj.weight"
 ROOT = Path(__file__).parent.parent
@@ -489,9 +490,14 @@ def test_other_sources_have_other_machine_code(library, monkeypatch, tmp_path):
     shutil.copytree(ROOT / "fusion", tmp_path / "fusion", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(module, "HERE", tmp_path / "fusion/compiled")
     name = module._name()
-    loaded = python("import sys, fusion.compiled.build\nprint(*(name for name in sys.modules if name.startswith('fusion.')))")
-    used = {name.removeprefix("fusion.").removeprefix("compiled.") for name in loaded.split()}
-    assert {source.removeprefix("../") for source in module.SOURCES} == used - {"compiled", "errors"}
+    used, todo = set(), ["compiled/build"]
+    while todo:
+        used.add(source := todo.pop())
+        for name in imports(ROOT / f"fusion/{source}.py"):  # of a module, or of what is in it
+            parts = name.split(".")[1:]
+            found = [part for part in ("/".join(parts), "/".join(parts[:-1])) if (ROOT / f"fusion/{part}.py").is_file()]
+            todo += set(found) - used
+    assert {os.path.normpath(f"compiled/{source}") for source in module.SOURCES} == used - {"errors"}
     for source in module.SOURCES:
         file = tmp_path / f"fusion/compiled/{source}.py"
         text = file.read_text()
@@ -526,7 +532,7 @@ def test_a_loop_that_could_raise_is_not_built(monkeypatch):
             from fusion.compiled.library import Library
             assert Library(code, functions).kernels.it(4) == 5
             continue
-        with pytest.raises(RuntimeError, match=f"{function.__name__}.* needs"):
+        with pytest.raises(RuntimeError, match="needs"):
             build.build()
 
 

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import llvmlite.binding as llvm
 import numpy as np
 
-from fusion.pickles import cache_folder
+from fusion.caching import cache_folder
 
 HERE = Path(__file__).parent
 SOURCES = ("build", "guard", "kernels", "memory", "registry", "streams", "twins", "vectors", "../dtypes")  # of the machine code
