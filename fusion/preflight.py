@@ -29,9 +29,7 @@ FUSE_FIRST = "It needs pairwise fusion first: that turns any chat model into a t
 _HARMLESS = {"_name_or_path", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
              "eos_token_id", "pad_token_id", "tie_word_embeddings"}  # settings that do not change what a weight means
 _HEADS = {"num_attention_heads", "num_key_value_heads", "head_dim", "n_head"}  # equal shapes, other meaning
-RUNTIME_BYTES = 60_000_000  # Python and numpy
-_COMPILED_BYTES = 140_000_000  # numba and its machine code, loaded when the work is worth it
-_COMPILED_FROM_BYTES = 150_000_000
+RUNTIME_BYTES = 60_000_000  # Python, numpy, and the machine code that is loaded when the work is worth it
 _PACE_BYTES_PER_S = 0.8e9
 
 
@@ -118,7 +116,7 @@ def preflight(pivot: Checkpoint, targets: Sequence[Checkpoint], *, out: str | os
     read = sum(model.info[name].nbytes for model in (pivot, *targets) for name in names if name in model.info)
     written = output_bytes(pivot, dtype)
     free = shutil.disk_usage(_existing(Path(out) if out else Path.cwd())).free + (reclaimable_bytes(out) if out else 0)
-    memory = peak_memory_bytes(pivot, len(targets), read, method) + (written if in_memory else 0)
+    memory = peak_memory_bytes(pivot, len(targets), method) + (written if in_memory else 0)
     findings += [*_output(out, written, free), *_memory(memory, available_memory_bytes())]
     return Preflight(tuple(facts(model, "pivot" if i == 0 else "target") for i, model in enumerate((pivot, *targets))),
                      tuple(findings), len(names), read, written, memory, free, (2 * read + written) / _PACE_BYTES_PER_S)
@@ -146,7 +144,7 @@ def output_bytes(pivot: Checkpoint, dtype: str | None) -> int:
     return sum(size(name) for name in pivot.info if name not in pivot.tied_copies)
 
 
-def peak_memory_bytes(pivot: Checkpoint, targets: int, read_bytes: int, method: str = "varm") -> int:
+def peak_memory_bytes(pivot: Checkpoint, targets: int, method: str = "varm") -> int:
     """An upper bound of the anonymous memory that merging takes by this method; it does not grow with the model.
 
     Every thread holds one block of every model and what a method computes from it: at most 4 more float32 blocks per target
@@ -157,7 +155,7 @@ def peak_memory_bytes(pivot: Checkpoint, targets: int, read_bytes: int, method: 
     largest = max((tensor.numel for tensor in pivot.info.values()), default=1)
     blocks = (5 * targets + 16) * min(max(BLOCK, row), largest) * 4
     whole = (targets + 2) * largest // 64 + (targets * largest // 8 if "drop by rank" in METHODS[method].stages else 0)
-    return RUNTIME_BYTES + (_COMPILED_BYTES if read_bytes >= _COMPILED_FROM_BYTES else 0) + THREADS * (blocks + whole)
+    return RUNTIME_BYTES + THREADS * (blocks + whole)
 
 
 def available_memory_bytes() -> int | None:

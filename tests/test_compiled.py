@@ -493,8 +493,8 @@ def test_other_sources_have_other_machine_code(library, monkeypatch, tmp_path):
     used, todo = set(), ["compiled/build"]
     while todo:
         used.add(source := todo.pop())
-        for name in imports(ROOT / f"fusion/{source}.py"):  # of a module, or of what is in it
-            parts = name.split(".")[1:]
+        for wanted in imports(ROOT / f"fusion/{source}.py"):  # of a module, or of what is in it
+            parts = wanted.split(".")[1:]
             found = [part for part in ("/".join(parts), "/".join(parts[:-1])) if (ROOT / f"fusion/{part}.py").is_file()]
             todo += set(found) - used
     assert {os.path.normpath(f"compiled/{source}") for source in module.SOURCES} == used - {"errors"}

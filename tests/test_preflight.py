@@ -194,7 +194,7 @@ def test_memory_grows_with_blocks_and_targets_not_with_the_model(tmp_path):
     def needed(rows: int, columns: int, targets: int) -> int:
         header = {"w": {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, 2 * rows * columns]}}
         folder = save_raw(tmp_path / f"{rows}-{columns}", header, bytes(2 * rows * columns))
-        return peak_memory_bytes(Checkpoint(folder), targets, 0)
+        return peak_memory_bytes(Checkpoint(folder), targets)
     assert needed(8192, 64, 2) - needed(4096, 64, 2) < 100_000 and needed(8192, 64, 2) < needed(8192, 64, 3)
     assert needed(2, 200_000, 2) > needed(8192, 64, 2)
 
