@@ -69,5 +69,5 @@ def _parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminate)
     status = main()
-    gc.freeze()  # else the interpreter looks through all objects once more before it ends: a third of a second with numba
+    gc.freeze()  # else the interpreter looks through all objects once more before it ends
     sys.exit(status)

@@ -21,9 +21,9 @@ import numpy as np
 from fusion import compiled
 
 MAPS = 4096  # at once; whoever comes later reads
-_HEAD, _ENTRY = 3, 3  # as in `compiled.guard`
+_HEAD, _ENTRY = 4, 3  # as in `compiled.guard`
 _table = np.zeros(_HEAD + _ENTRY * MAPS, np.int64)
-_lock = threading.Lock()
+_lock = threading.RLock()  # a map may go while another is made, by the same thread
 
 
 class _Action(ctypes.Structure):
@@ -34,20 +34,27 @@ class _Action(ctypes.Structure):
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype, _FAILED = ctypes.c_void_p, ctypes.c_void_p(-1).value
+_LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_LIBC.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _SA_SIGINFO, _SA_RESTART = 4, 0x10000000
 GUARDED = sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64")
-_before = _Action()
+_before, _default = _Action(), _Action()
+_ours: dict[int, object] = {}  # handlers by address; their code must stay
 
 
 class Map:
     """A file from its first to its last byte, `size` of them, from `address` on, for as long as this object lives."""
 
     def __init__(self, descriptor: int):
-        self._bytes = np.frombuffer(mmap.mmap(descriptor, 0, mmap.MAP_SHARED, mmap.PROT_READ), np.uint8)
-        self.address, self.size = self._bytes.ctypes.data, len(self._bytes)
+        self.size = os.fstat(descriptor).st_size
         with _lock:
             self._entry = next(entry for entry in range(_HEAD, len(_table), _ENTRY) if not _table[entry + 1])
-            _table[self._entry:self._entry + _ENTRY] = self.address, self.address + self.size, 0
+            self.address = _LIBC.mmap(None, self.size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+            if self.address == _FAILED:  # Python's own maps hold a second open file each
+                raise OSError(ctypes.get_errno(), "mmap")
+            _table[self._entry], _table[self._entry + 2] = self.address, 0
+            _table[self._entry + 1] = self.address + self.size  # last: from here on the handler knows it
             _table[0] = max(_table[0], (self._entry - _HEAD) // _ENTRY + 1)
         self.lost = _table.ctypes.data + 8 * (self._entry + 2)
 
@@ -58,12 +65,13 @@ class Map:
 
     def view(self, start: int, nbytes: int) -> np.ndarray:
         """These bytes of the file, uint8, for as long as the map lives; look at `broken` after reading them."""
-        return self._bytes[start:start + nbytes]
+        return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(self.address + start), np.uint8)
 
-    def __del__(self):
+    def __del__(self, lock=_lock, table=_table, unmap=_LIBC.munmap):  # all else may be gone
         if hasattr(self, "lost"):
-            with _lock:
-                _table[self._entry:self._entry + _ENTRY] = 0
+            with lock:
+                table[self._entry + 1] = 0
+                unmap(self.address, self.size)
 
 
 def mapped(descriptor: int) -> Map | None:
@@ -73,21 +81,23 @@ def mapped(descriptor: int) -> Map | None:
     try:
         _watch()
         return Map(descriptor)
-    except (OSError, ValueError, StopIteration):  # an empty file, a pipe, a file system without maps, too many maps
+    except (OSError, StopIteration):  # an empty file, a folder, a file system without maps, too many maps
         return None
 
 
 def _watch() -> None:
     """See that the handler is in its place; the one that was there gets what is not in a map."""
     with _lock:
-        handler, now = compiled.handler(), _Action()
+        now = _Action()
         _sigaction(None, now)
-        if now.handler == handler:
+        if now.handler in _ours:
             return
+        guard = compiled.guarding()
+        _ours[guard.address] = guard
         ctypes.memmove(ctypes.byref(_before), ctypes.byref(now), ctypes.sizeof(now))
-        _table[1], _table[2] = mmap.PAGESIZE, ctypes.addressof(_before)
-        ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)(handler)(-1, _table.ctypes.data, 0)
-        _sigaction(_Action(handler, flags=_SA_SIGINFO | _SA_RESTART), None)
+        _table[1:_HEAD] = mmap.PAGESIZE, ctypes.addressof(_before), ctypes.addressof(_default)
+        guard(-1, _table.ctypes.data, 0)
+        _sigaction(_Action(guard.address, flags=_SA_SIGINFO | _SA_RESTART), None)
 
 
 def _sigaction(new: _Action | None, old: _Action | None) -> None:

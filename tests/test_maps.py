@@ -142,6 +142,8 @@ with open(path, "wb") as file:
     file.write(bytes(3 * mmap.PAGESIZE))
 file = os.open(path, os.O_RDONLY)
 here, mine = maps.mapped(file), mmap.mmap(file, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+{after}
+other = maps.mapped(file)
 os.truncate(path, mmap.PAGESIZE)
 assert here.view(0, 9).tobytes() == bytes(9) and not here.broken
 assert here.view(2 * mmap.PAGESIZE, 9).tobytes() == bytes(9) and here.broken
@@ -151,9 +153,14 @@ print("not here")
 """
 
 
-@pytest.mark.parametrize("before", ["", "faulthandler.enable()"], ids=["plain", "with a handler of Python's"])
-def test_a_lost_page_of_ours_is_noted_and_any_other_ends_the_process_as_ever(tmp_path, before):
-    done = subprocess.run([sys.executable, "-c", IN_A_PROCESS.format(before=before), str(tmp_path / "file")], cwd=ROOT,
+ANOTHER = "faulthandler.enable()"
+
+
+@pytest.mark.parametrize(("before", "after"), [("", ""), (ANOTHER, ""), ("", ANOTHER)],
+                         ids=["no other handler", "one before", "one after"])
+def test_a_lost_page_of_ours_is_noted_and_any_other_ends_the_process_as_ever(tmp_path, before, after):
+    code = IN_A_PROCESS.format(before=before, after=after)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")], cwd=ROOT, timeout=120,
                           env={**os.environ, "FUSECHAT_COMPILED": "1"}, capture_output=True, text=True, check=False)
     assert done.stdout == "alive\n" and done.returncode == -signal.SIGBUS
-    assert ("Fatal Python error: Bus error" in done.stderr) == bool(before)
+    assert ("Fatal Python error: Bus error" in done.stderr) == bool(before or after)

@@ -24,7 +24,7 @@ from fusion.errors import ResourceError
 
 if TYPE_CHECKING:
     from fusion.compiled.device import DeviceLoops
-    from fusion.compiled.library import Library
+    from fusion.compiled.library import Library, Loop
 
 DEVICE_BLOCKS = 64  # blocks handed to a device at once: a transfer of some megabytes takes longer than to begin it
 LOADING_PAYS, BUILDING_PAYS = 50_000_000, 400_000_000  # bytes: measured, 1 s of processor time saved for each GB read
@@ -45,9 +45,9 @@ def streaming() -> SimpleNamespace | None:
     return None if _device is not None or _library is None or _refused else _library.streams
 
 
-def handler() -> int:
-    """The address of the handler that lets `streaming` loops read mapped files, see `guard`."""
-    return _library.guard.guard.address
+def guarding() -> Loop:
+    """The handler that lets `streaming` loops read mapped files, see `guard`."""
+    return _library.guard.guard
 
 
 def block() -> int:

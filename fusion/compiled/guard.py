@@ -4,8 +4,8 @@ The system sends a signal that would end the process. The handler here, machine 
 memory, puts a page of zeros in that place and notes it in a table, where whoever reads the map looks afterwards. A place
 that is in no map is left to who handled the signal before.
 
-The table of int64: [count of entries, bytes of a page, address of the handler before], then an entry of [first address,
-address behind the last, lost] for each map.
+The table of int64: [count of entries, bytes of a page, addresses of what is done with other signals, the first time and from
+then on], then an entry of [first address, address behind the last, lost] for each map.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from fusion.compiled.memory import integers_at
 from fusion.compiled.registry import compiled
 
-HEAD, ENTRY = 3, 3  # words
+HEAD, ENTRY = 4, 3  # words
 _PROT_READ, _MAP_PRIVATE_FIXED_ANONYMOUS = 1, 0x32
 _SIGBUS, _FAULT_ADDRESS = int(getattr(signal, "SIGBUS", 7)), 2  # the third word of what Linux says of a signal
 _mmap = types.ExternalFunction("mmap", types.int64(types.int64, types.int64, types.int32, types.int32, types.int32, types.int64))
@@ -66,4 +66,5 @@ def guard(number, info, context):
             if _mmap(page, head[1], _PROT_READ, _MAP_PRIVATE_FIXED_ANONYMOUS, -1, 0) == page:
                 return
             break
-    _sigaction(_SIGBUS, head[2], 0)  # which is then called for the same place
+    others, head[2] = head[2], head[3]  # it may hand the signal back to this one
+    _sigaction(_SIGBUS, others, 0)  # which then gets it, for the place is tried again
