@@ -16,6 +16,8 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from fusion import compiled
+
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # expected numbers are a processor's; =0 for what test_compiled does on a GPU
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # no test reaches the network; test_hub plays the Hub itself
 settings.register_profile("house", max_examples=40, deadline=None)
@@ -124,6 +126,12 @@ def browser():
 
     with chromium() as started:
         yield started
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded_yet(monkeypatch):
+    """Every test begins with numpy's loops, as a new process does: an earlier one may have had so much work that it loaded others."""
+    monkeypatch.setattr(compiled, "_library", None)
 
 
 @pytest.fixture(scope="session")
