@@ -130,7 +130,7 @@ def browser():
 
 @pytest.fixture(autouse=True)
 def nothing_is_loaded_yet(monkeypatch):
-    """Every test begins with numpy's loops, as a new process does: an earlier one may have had so much work that it loaded others."""
+    """Every test begins with numpy's loops, as a new process does, whatever loops the work of an earlier one has loaded."""
     monkeypatch.setattr(compiled, "_library", None)
 
 
