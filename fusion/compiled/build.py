@@ -20,7 +20,7 @@ _SYSTEM = {"abort", "free", "malloc", "memcpy", "memmove", "memset", "mmap", "pr
 def build() -> tuple[bytes, list[dict]]:
     """The object file, and for each function in it `loop`, `symbol`, `arguments`, `result` and `of_rows`.
 
-    An argument is [dtype, dimensions]; one of several dimensions is handed over as an address and its sizes. RuntimeError for
+    An argument is [dtype, dimensions]; an array is handed over as its address and its sizes. RuntimeError for
     code that would call what is not there when it is loaded.
     """
     found, whole = [], llvm.parse_assembly("")

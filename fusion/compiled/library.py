@@ -30,8 +30,6 @@ SOURCES = ("build", "guard", "kernels", "memory", "registry", "streams", "twins"
 KEPT = 4  # files of a folder: for several processors, or for several versions
 _SCALARS = {"none": (None, None), "bool": (ctypes.c_bool, bool), "int32": (ctypes.c_int32, int), "int64": (ctypes.c_int64, int),
             "uint32": (ctypes.c_uint32, int), "float64": (ctypes.c_double, float)}
-
-
 _IN_ORDER = 0x101  # numpy's flags for contiguous and aligned
 
 
@@ -142,6 +140,8 @@ def keep(path: str) -> None:
     with contextlib.suppress(OSError):  # 400 MB: where memory is short, Linux should end this and not the merge
         Path("/proc/self/oom_score_adj").write_text("1000")
     code, functions = build()
+    if Path(path).name != _name():
+        raise RuntimeError("the sources were changed while they were built")
     head = json.dumps({"digest": _digest(code, functions), "functions": functions})
     folder = Path(path).parent
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
