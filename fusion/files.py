@@ -1,7 +1,7 @@
 """The safetensors files of a folder: found by their index or alone, read in pieces by any number of threads.
 
-Reading goes through `pread` into small buffers. A file that shrinks under a memory map kills the process, so only compiled loops
-read from one (see `maps`).
+Reading goes through `pread` into small buffers, or from a map of the file where one is guarded: a file that shrinks under another
+kills the process (see `maps`).
 """
 
 from __future__ import annotations

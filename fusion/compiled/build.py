@@ -1,4 +1,4 @@
-"""Machine code for this processor from the loops of `kernels`, `streams` and `guard`: half a minute of one core, once.
+"""Machine code for this processor from the loops of `kernels`, `streams` and `guard`: most of a minute of one core, once.
 
 numba turns each loop into a function that C could call: pointers, sizes and numbers. Their LLVM code is put together and
 becomes one object file, which `library` loads in some hundredths of a second without numba.
@@ -13,15 +13,15 @@ from numba import types
 from fusion.compiled import guard, kernels, streams
 from fusion.compiled.registry import LOOPS, OPTIONS, Declared
 
-MODULES = (kernels, streams, guard)
+MODULES = (kernels, streams, guard)  # importing them declares their loops
 _SYSTEM = {"abort", "free", "malloc", "memcpy", "memmove", "memset", "mmap", "pread", "sigaction", "sqrt"}
 
 
 def build() -> tuple[bytes, list[dict]]:
     """The object file, and for each function in it `loop`, `symbol`, `arguments`, `result` and `of_rows`.
 
-    An argument is [dtype, dimensions]; an array is handed over as its address and its sizes. RuntimeError for
-    code that would call what is not there when it is loaded.
+    An argument is [dtype, dimensions]; an array is handed over as its address and its sizes. RuntimeError for code that would
+    call what is not there when it is loaded.
     """
     found, whole = [], llvm.parse_assembly("")
     for name, declared in LOOPS.items():

@@ -1,6 +1,6 @@
 """The compiled loops as functions: machine code from a file beside this one or in the person's cache folder.
 
-    library = find() or make()                        # some hundredths of a second; half a minute where it must be built
+    library = find() or make()                        # some hundredths of a second; most of a minute to build
     library.kernels.encode(values, code, out)
 
 Building needs numba and is done by a process of its own. A file is for one processor and one state of the sources; only a whole
