@@ -232,6 +232,22 @@ def test_token_losses_add_up_to_the_reply():
     assert fused.losses[:, 0] == pytest.approx([15.5 / 9, 15 / 9])
 
 
+def test_every_character_of_a_reply_is_counted_once(teachers):
+    """Nats per character divide by the reply's length, whether or not its end is learnt, and though a token begins before it."""
+    from fusion.distill.encoding import Encoder
+
+    tokenizer = teachers["source-neox"].encoder.tokenizer
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"  # no end token
+    reply = "Photosynthesis runs on light."
+    encoded = Encoder(tokenizer, template).encode(Dialogue((("What is it?", reply),)))
+    assert not encoded.ends.any() and encoded.reached[0] == -1 and encoded.letters.sum() == len(reply)
+    cut = Encoder(tokenizer, template, max_tokens=len(encoded.ids) - 3).encode(Dialogue((("What is it?", reply),)))
+    assert cut.letters.tolist() == encoded.letters[:len(cut.labels)].tolist() and cut.letters.sum() < len(reply)
+    ended = teachers["pivot"].encoder.encode(Dialogue((("What is it?", reply), ("And?", "It is 好."))))
+    assert [ended.letters[ended.turn == turn].sum() for turn in (0, 1)] == [len(reply), len("It is 好.")]
+    assert ended.letters[ended.ends].tolist() == [0, 0]
+
+
 def test_unknown_words_are_refused():
     with pytest.raises(RecipeError, match="mince"):
         Blend(rule="minse").check()

@@ -30,7 +30,9 @@ class Encoded:
 
     `text`, `ids` [T]; `labels` [L]: the positions in `ids` that are learnt, each predicted from the position before it;
     `turn` [L]: which reply a label belongs to; `reached` [L]: how many characters of its reply (after leading spaces) have
-    been read where the label is predicted: equal numbers in two models mean equal prefixes; `ends` [L]: is it an end token?
+    been read where the label is predicted: equal numbers in two models mean equal prefixes, and below 0 the first token begins
+    with so many characters before the reply; `ends` [L]: is it an end token? `letters` [L]: how many characters of its reply
+    each label adds; None: as `reached` rises, with one for what cannot be told from that.
     """
 
     text: str
@@ -39,6 +41,7 @@ class Encoded:
     turn: np.ndarray
     reached: np.ndarray
     ends: np.ndarray
+    letters: np.ndarray | None = None
 
     @property
     def targets(self) -> np.ndarray:
@@ -104,7 +107,7 @@ class Encoder:
 
     def _labelled(self, text: str, ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]]) -> Encoded:
         begins, ends = offsets[:, 0], offsets[:, 1]
-        labels, turn, reached, closing = [], [], [], []
+        labels, turn, reached, closing, letters = [], [], [], [], []
         for number, (begin, end) in enumerate(spans):
             inside = np.flatnonzero((ends > begin) & (begins < end) & (ends > begins)).tolist()
             after = inside[-1] + 1 if inside else len(ids)
@@ -115,8 +118,9 @@ class Encoder:
                     turn.append(number)
                     reached.append(int(ends[position - 1]) - begin)
                     closing.append(position == after)
+                    letters.append(min(int(ends[position]), end) - begin - max(reached[-1], 0))
         return Encoded(text, ids, np.array(labels, np.int64), np.array(turn, np.int32), np.array(reached, np.int64),
-                       np.array(closing, bool))
+                       np.array(closing, bool), np.maximum(np.array(letters, np.int64), 0))
 
     def check(self, dialogue: Dialogue, encoded: Encoded) -> None:
         """MismatchError unless the learnt ids decode to the replies and their end tokens."""

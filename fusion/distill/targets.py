@@ -199,10 +199,12 @@ def _whole(logprobs: np.ndarray) -> np.ndarray:
 
 
 def _spelt(encoded: Encoded) -> np.ndarray:
-    """Characters that each label adds to its reply; an end token counts as one."""
+    """Characters that each label adds to its reply, [L]; an end token counts as one."""
+    if encoded.letters is not None:
+        return np.where(encoded.ends, 1, encoded.letters)
     after = np.append(encoded.reached[1:], 0)
     last = np.append(encoded.turn[1:] != encoded.turn[:-1], True) if len(encoded.turn) else np.zeros(0, bool)
-    return np.where(encoded.ends | last, 1, np.maximum(after - encoded.reached, 0))
+    return np.where(encoded.ends | last, 1, np.maximum(after - np.maximum(encoded.reached, 0), 0))
 
 
 def _turn_losses(encoded: Encoded, rows: Rows, turns: int, blend: Blend) -> np.ndarray:
