@@ -36,6 +36,7 @@ from fusion import (
 )
 from fusion.errors import nearest
 from fusion.live import LiveMerge, LiveResult, chat_model
+from fusion.preflight import mergeable_names
 from fusion.progress import Work, finish
 from fusion.recipe import Slice, short_names
 from fusion.tables import bytes_text
@@ -125,6 +126,22 @@ class Studio:
         known = next((entry for entry in self.entries() if entry.folder.resolve() == folder.resolve()), None)
         return known or self._add(Entry(self._free_key(f"local/{folder.resolve().name}"), folder.resolve().name, folder))
 
+    def named(self, path: str) -> Entry:
+        """The model that a text from outside names by its folder; RecipeError when this page does not offer it.
+
+        Only names are compared: nothing is opened or fetched for a text, but the operator's own folder on the operator's page.
+        """
+        wanted = os.path.abspath(path) if "\0" not in path else ""
+        known = next((entry for entry in self.entries()
+                      if wanted in (os.path.abspath(entry.folder), str(entry.folder.resolve()))), None)
+        if known is None and self.public:
+            raise RecipeError(f"this page does not offer {path[:200]!r}", where="recipe", todo="Run the app on your own machine.")
+        return known or self.add_folder(path)
+
+    def tensor_names(self, path: str) -> tuple[str, ...]:
+        """What the tensors of a model are called that a text from outside names; see `named`."""
+        return tuple(mergeable_names(self.checkpoint(self.named(path).key)))
+
     def checkpoint(self, key: str) -> Checkpoint:
         """Open the checkpoint of a key (headers only), called by its title."""
         entry = self.entry(key)
@@ -183,16 +200,10 @@ class Studio:
 
     def adopt(self, recipe: Recipe) -> tuple[Selection, Settings]:
         """Turn a loaded recipe into a selection and settings; its folders must be in the catalogue, or may be added here."""
-        def key(path: str) -> str:
-            known = next((entry.key for entry in self.entries() if entry.folder.resolve() == Path(path).resolve()), None)
-            if known is None and self.public:
-                raise RecipeError(f"this page does not offer {path!r}", where="recipe", todo="Run the app on your own machine.")
-            return known or self.add_folder(path).key
-
         if len(recipe.targets) > MAX_TARGETS:
             raise RecipeError(f"{len(recipe.targets)} targets", where="recipe",
                               todo=f"The page merges up to {MAX_TARGETS}; use the command line.")
-        pivot, targets = key(recipe.pivot), tuple(map(key, recipe.targets))
+        pivot, targets = self.named(recipe.pivot).key, tuple(self.named(path).key for path in recipe.targets)
         by_name = dict(zip(recipe.names, targets, strict=True))
         names = list(self.checkpoint(pivot))
         edits = {tensor: {by_name[name]: float(weight) for name, weight in override.weights.items()}

@@ -15,7 +15,7 @@ from fusion import Recipe, finish, measure, merge
 from fusion.__main__ import main
 from fusion.commands.mergekit import export
 from fusion.errors import FusionError
-from fusion.mergekit import export_text, import_text
+from fusion.mergekit import export_text, import_text, tensor_names
 from fusion.methods import METHODS
 from fusion.plan import MergePlan
 from fusion.settings import Curve, Override, Slice, Table, resolve
@@ -47,7 +47,7 @@ def mergekit_value(rows: list[dict], name: str) -> float:
 def test_the_merge_is_the_one_that_mergekit_makes(name, models, tmp_path):
     """Our merge of an imported file, and of an exported recipe, has the sums over every tensor that mergekit's merge has."""
     recipe = parity.exported(name.removeprefix("export "), models) if name.startswith("export ") else \
-        import_text(parity.resolved(parity.FILES[name], models))[0][0]
+        import_text(parity.resolved(parity.FILES[name], models), opener=tensor_names)[0][0]
     finish(merge(recipe, tmp_path / "out"))
     np.testing.assert_allclose(parity.signature(tmp_path / "out"), GOLDEN[name], rtol=0, atol=4e-6)
 
@@ -162,7 +162,7 @@ def values(recipe: Recipe) -> tuple[np.ndarray, list[dict]]:
 @pytest.mark.parametrize("name", [name for name in parity.EXPORTS if name not in ("slerp-two", "passthrough")])
 def test_export_and_import_give_every_tensor_the_same_values(name, models):
     recipe = parity.exported(name, models)
-    (back,), _ = import_text(export(recipe))
+    (back,), _ = import_text(export(recipe), opener=tensor_names)
     kept = recipe.exclude  # an excluded tensor is one where the pivot, then a model like the others, has all the weight
     assert (back.pivot, back.dtype) == (recipe.pivot, "float32")
     for one, other in zip(back.slices, recipe.slices, strict=True):
@@ -176,7 +176,7 @@ def test_export_and_import_give_every_tensor_the_same_values(name, models):
 
 def test_stages_are_exported_one_after_another(tmp_path, capsys):
     stages = [Recipe("p", ("a",), method="linear", name="first"), Recipe("first", ("b",), method="ties")]
-    back, _ = import_text("---\n".join(export_text(stage) for stage in stages))
+    back, _ = import_text("---\n".join(export_text(stage) for stage in stages), opener=tensor_names)
     assert [(stage.pivot, stage.targets, stage.name) for stage in back] == [("p", ("a",), "first"), ("first", ("b",), "")]
 
 
@@ -214,7 +214,7 @@ def test_a_mergekit_file_can_be_merged_as_it_is(models, tmp_path, capsys):
     (tmp_path / "m.yaml").write_text(FILE.format(models))
     assert main(["merge", str(tmp_path / "m.yaml"), "--out", str(tmp_path / "one")]) == 0
     assert "warning: " in (err := capsys.readouterr().err) and "line 4: ties knows no 'densty'" in err
-    finish(merge(import_text(FILE.format(models))[0][0], tmp_path / "two"))
+    finish(merge(import_text(FILE.format(models), opener=tensor_names)[0][0], tmp_path / "two"))
     one, two = load_tensors(tmp_path / "one"), load_tensors(tmp_path / "two")
     assert all((one[name] == two[name]).all() for name in two)
 
@@ -222,7 +222,7 @@ def test_a_mergekit_file_can_be_merged_as_it_is(models, tmp_path, capsys):
 def test_export_measures_and_writes(models, tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(Recipe(str(models / "pivot"), (str(models / "target-a"), str(models / "target-b"))).to_yaml())
     assert main(["export", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "m.yaml")]) == 0
-    (back,), _ = import_text((tmp_path / "m.yaml").read_text())
+    (back,), _ = import_text((tmp_path / "m.yaml").read_text(), opener=tensor_names)
     assert back.method == "linear" and isinstance(back.weights[0], Table) and len(back.weights[0].rows) == 39
     assert main(["export", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "m.yaml")]) == 2
     capsys.readouterr()

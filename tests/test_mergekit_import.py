@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusion.errors import RecipeError
-from fusion.mergekit import import_text
+from fusion.mergekit import import_text, tensor_names
 from fusion.mergekit.catalogue import Parameter
 from fusion.mergekit.document import Row
 from fusion.mergekit.outline import whole_model
@@ -26,7 +26,7 @@ def llama(layers: int) -> list[str]:
 
 
 def one(text: str) -> Recipe:
-    (recipe,), _ = import_text(text)
+    (recipe,), _ = import_text(text, opener=tensor_names)
     return recipe
 
 
@@ -218,7 +218,8 @@ def test_slices_that_are_the_whole_model_are_left_out(models):
 
 def test_what_cannot_be_opened_is_said(models, tmp_path):
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
-    _, notes = import_text(f"merge_method: karcher\nmodels: [{{model: {tmp_path}}}, {{model: {models}/target-a}}]\n")
+    _, notes = import_text(f"merge_method: karcher\nmodels: [{{model: {tmp_path}}}, {{model: {models}/target-a}}]\n",
+                           opener=tensor_names)
     assert any(note.level == "warning" and "cannot be opened" in note.text for note in notes)
 
 
@@ -233,7 +234,7 @@ def test_a_single_layer_stands_at_the_end_of_a_gradient(models):
 def test_a_tensor_without_a_value_is_refused(models):
     with pytest.raises(RecipeError, match=r"no value for lm_head\.weight"):
         import_text(f"merge_method: linear\nmodels:\n- model: {models}/pivot\n"
-                    "  parameters: {weight: [{filter: layers, value: 1}]}\n")
+                    "  parameters: {weight: [{filter: layers, value: 1}]}\n", opener=tensor_names)
 
 
 FILTERS = st.sampled_from([None, "self_attn", "mlp", "layers.1", "layers.1.", "norm", "1.mlp", "s.2.self_attn.q", "model",

@@ -185,7 +185,7 @@ def _bind_loading(studio: Studio, selection: gr.State, settings: gr.State, tab: 
     def load(text: str, before: Selection):
         """Take over a recipe, or mergekit's YAML with its notes."""
         try:
-            recipe, said = _loaded(text or "")
+            recipe, said = _loaded(studio, text or "")
             now, wish = studio.adopt(recipe)
             for name in (key for key in ("name", "result") if getattr(recipe, key)):
                 said += note("good", f"The recipe's `{name}` is not needed here and was left out.")
@@ -196,13 +196,13 @@ def _bind_loading(studio: Studio, selection: gr.State, settings: gr.State, tab: 
     tab.load.click(load, [tab.paste, selection], [selection, settings, tab.notes], show_progress="hidden", api_name="load_recipe")
 
 
-def _loaded(text: str) -> tuple[Recipe, str]:
+def _loaded(studio: Studio, text: str) -> tuple[Recipe, str]:
     """The one recipe of a text and what is to be said of it, as HTML."""
     if len(text) > MAX_RECIPE_CHARS:
         raise RecipeError("the recipe is too long", todo="Run it on the command line.")
     said = ""
     if is_mergekit(text):
-        stages, notes = import_text(text)
+        stages, notes = import_text(text, opener=studio.tensor_names)
         rows = "".join(map(_note_row, notes[:_MAX_NOTES]))
         said = f"<p class='fs-hint'>What mergekit's lines mean:</p><ul class='fs-lint'>{rows}</ul>"
     else:

@@ -10,7 +10,7 @@ import numpy as np
 from fusion import documents
 from fusion.commands.console import print_json, show_progress
 from fusion.errors import OutputError, RecipeError
-from fusion.mergekit import Note, export_text, import_text, is_mergekit, lint
+from fusion.mergekit import Note, export_text, import_text, is_mergekit, lint, tensor_names
 from fusion.plan import MergePlan
 from fusion.progress import finish
 from fusion.recipe import Recipe, read_text, stages_from_yaml
@@ -34,7 +34,7 @@ def stages_of(path: str) -> tuple[Recipe, ...]:
     text = read_text(path)
     if not is_mergekit(text):
         return stages_from_yaml(text, path)
-    recipes, notes = import_text(text, where=path)
+    recipes, notes = import_text(text, where=path, opener=tensor_names)
     for note in notes:
         if note.level == "warning":
             print(f"warning: {path}: {note}", file=sys.stderr)
@@ -42,7 +42,7 @@ def stages_of(path: str) -> tuple[Recipe, ...]:
 
 
 def _import(options: argparse.Namespace) -> None:
-    recipes, notes = import_text(read_text(options.file), where=options.file)
+    recipes, notes = import_text(read_text(options.file), where=options.file, opener=tensor_names)
     text = documents.write([recipe.to_dict() for recipe in recipes])
     if options.out:
         _write(options.out, text)

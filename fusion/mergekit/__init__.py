@@ -8,6 +8,7 @@ from fusion.mergekit.document import Note
 from fusion.mergekit.exporting import export_text
 from fusion.mergekit.importing import import_text
 from fusion.mergekit.linting import lint
+from fusion.mergekit.outline import tensor_names
 from fusion.mergekit.reading import is_mergekit
 
-__all__ = ["Note", "export_text", "import_text", "is_mergekit", "lint"]
+__all__ = ["Note", "export_text", "import_text", "is_mergekit", "lint", "tensor_names"]

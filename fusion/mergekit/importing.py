@@ -1,6 +1,7 @@
 """A mergekit file as recipes that mean the same, with everything mergekit leaves unsaid written out.
 
     recipes, notes = import_text(open("mergekit.yaml").read())         # stages in order, the last one is the result
+    recipes, notes = import_text(text, opener=tensor_names)            # the models' headers are read where they are here
 
 What stays as in mergekit: precedence (model, slice, module, file), filters, gradients, slices, defaults, SCE's own formula.
 What differs is said in the notes: arithmetic in float32, a donor that is always the same, a seed.
@@ -14,7 +15,7 @@ from fusion.errors import RecipeError
 from fusion.mergekit.catalogue import FORMS, Parameter
 from fusion.mergekit.document import Document, Note, Parameters, Row
 from fusion.mergekit.linting import lint
-from fusion.mergekit.outline import Outline, covers_all, outline
+from fusion.mergekit.outline import Opener, Outline, covers_all, outline
 from fusion.mergekit.patterns import setting
 from fusion.mergekit.reading import read
 from fusion.methods import METHODS
@@ -25,16 +26,17 @@ _RENAMED = {"nuslerp_flatten": "flatten", "nuslerp_row_wise": "row_wise"}
 _ALL = ("linear", "karcher", "passthrough")  # methods that merge the base like any other model
 
 
-def import_text(text: str, where: str = "mergekit file") -> tuple[tuple[Recipe, ...], list[Note]]:
+def import_text(text: str, where: str = "mergekit file", opener: Opener | None = None) -> tuple[tuple[Recipe, ...], list[Note]]:
     """Translate a mergekit file: its stages as recipes, the last one the result, and the notes of `lint` with those on the
-    translation. RecipeError lists every error with its line; `where` is what the file is called in it.
+    translation. RecipeError lists every error with its line; `where` is what the file is called in it. A text may come from
+    anybody, so no model that it names is opened but by `opener` (see outline).
     """
     notes = lint(text)
     _refuse([str(note) for note in notes if note.level == "error"], where)
     stages, outlines = [], {}
     for document in _in_order(read(text)[0], where):
-        found, assumed = outline(document, outlines)
-        recipe, more = _Translation(document, found).recipe()
+        found, assumed = outline(document, outlines, opener)
+        recipe, more = _Translation(document, found, opener).recipe()
         stages.append(recipe)
         outlines[document.name] = found
         notes += assumed + more
@@ -68,8 +70,8 @@ def _in_order(documents: Sequence[Document], where: str) -> list[Document]:
 class _Translation:
     """One document and its tensors on the way to a Recipe."""
 
-    def __init__(self, document: Document, found: Outline):
-        self.document, self.found, self.form = document, found, FORMS[document.method]
+    def __init__(self, document: Document, found: Outline, opener: Opener | None):
+        self.document, self.found, self.form, self.opener = document, found, FORMS[document.method], opener
         self.notes: list[Note] = []
         self.pivot = document.base.text if document.base else document.groups[0][0].model.text
         self.models = self._targets()
@@ -149,7 +151,7 @@ class _Translation:
         return setting(self.found, chains, places, known, f"{name} of {model}" if model else name)
 
     def _slices(self) -> Iterator[Slice]:
-        if not self.document.slices or covers_all(self.document, self.found):
+        if not self.document.slices or covers_all(self.document, self.found, self.opener):
             return
         called = dict(zip(self.models, self.names, strict=True))
         for part in self.document.slices:

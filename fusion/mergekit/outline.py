@@ -2,21 +2,24 @@
 
 mergekit's rules: depth t runs from 0 to 1 over the layers of a slice (a single layer has 1) and is 0 outside the layers;
 tensors before the layers belong to the first slice, final norm and head to the last; a filter is compared with the name that
-the tensor has in the model it comes from. Price: the pivot's header is read, or Llama's names are taken for it.
+the tensor has in the model it comes from. Nothing is opened here: `Opener` says what a model's tensors are called, and where it
+cannot, or there is none, Llama's names are taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fusion.anatomy import place
-from fusion.errors import FusionError
+from fusion.errors import CheckpointError, MismatchError
 from fusion.mergekit.document import Document, Note, Reference, Source
 from fusion.preflight import mergeable_names
 from fusion.settings import count_layers, depth
 from fusion.sources import open_checkpoint
+
+Opener = Callable[[str], Sequence[str] | None]  # a model as a file names it → what its tensors are called, None: not here
 
 STACK = "model.layers"
 _INSIDE = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -56,10 +59,10 @@ class Outline:
         return tuple(spot.name for spot in self.spots)
 
 
-def outline(document: Document, earlier: Mapping[str, Outline]) -> tuple[Outline, list[Note]]:
+def outline(document: Document, earlier: Mapping[str, Outline], opener: Opener | None) -> tuple[Outline, list[Note]]:
     """The tensors of a merge; `earlier` has those of the stages it may refer to. Notes say what had to be assumed."""
     first = document.base or document.groups[0][0].model
-    names, notes = _names(first, document, earlier)
+    names, notes = _names(first, document, earlier, opener)
     return spots(names, document, not notes), notes
 
 
@@ -77,28 +80,36 @@ def spots(names: Sequence[str], document: Document, known: bool) -> Outline:
     return Outline((*outside, *_inside(document, inside, stack, count_layers(inside))), stack, known)
 
 
-def covers_all(document: Document, found: Outline) -> bool:
+def covers_all(document: Document, found: Outline, opener: Opener | None) -> bool:
     """Whether the slices only say what `models:` would say: one slice with every layer of every model."""
     ends = {source.layers for part in document.slices for source in part.sources}
     if not found.known or len(document.slices) != 1 or ends != {(0, len({spot.layer for spot in found.spots} - {None}))}:
         return False
+    return opener is None or all(_has_layers(reference.text, ends, opener) for reference in document.references)
+
+
+def _has_layers(text: str, ends: set[tuple[int, int]], opener: Opener) -> bool:
+    """Whether a model has as many layers as its slices take, as far as that can be known."""
     try:
-        return all((0, count_layers(_read(reference.text))) in ends for reference in document.references
-                   if Path(reference.path).is_dir())
-    except FusionError:
+        names = opener(text)
+    except (CheckpointError, MismatchError):
         return False
+    return names is None or (0, count_layers(names)) in ends
 
 
-def _names(reference: Reference, document: Document, earlier: Mapping[str, Outline]) -> tuple[Sequence[str], list[Note]]:
+def _names(reference: Reference, document: Document, earlier: Mapping[str, Outline],
+           opener: Opener | None) -> tuple[Sequence[str], list[Note]]:
     if reference.text in earlier:
         before = earlier[reference.text]
         return before.names, [] if before.known else [_assumed(reference, "was not opened")]
-    why = "is no folder here"
-    if Path(reference.path).is_dir():
+    why = "was not opened"
+    if opener is not None:
         try:
-            return _read(reference.text), []
-        except FusionError as error:
-            why = f"cannot be opened ({error.found})"
+            names, why = opener(reference.text), "is no folder here"
+        except (CheckpointError, MismatchError) as error:
+            names, why = None, f"cannot be opened ({error.found})"
+        if names is not None:
+            return names, []
     ends = [source.layers[1] for part in document.slices for source in part.sources if source.layers]
     inside = [f"{STACK}.{layer}.{its}.weight" for layer in range(max(ends, default=_LAYERS)) for its in _INSIDE]
     return ["model.embed_tokens.weight", *inside, "model.norm.weight", "lm_head.weight"], [_assumed(reference, why)]
@@ -109,8 +120,10 @@ def _assumed(reference: Reference, why: str) -> Note:
                 f"{reference.text} {why}, so its tensors are taken to be called as Llama's")
 
 
-def _read(text: str) -> tuple[str, ...]:
-    """The names of the tensors that are merged, from the headers alone; CheckpointError when it cannot be opened."""
+def tensor_names(text: str) -> tuple[str, ...] | None:
+    """An Opener for whoever may open every model: what is merged of one whose folder is here, from its headers alone."""
+    if not Path(Reference(0, text).path).is_dir():
+        return None
     model = open_checkpoint(text)
     try:
         return tuple(mergeable_names(model))

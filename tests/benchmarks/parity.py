@@ -24,7 +24,7 @@ import numpy as np
 from fusion import Recipe, finish, merge
 from fusion.commands.mergekit import export
 from fusion.errors import FusionError
-from fusion.mergekit import import_text
+from fusion.mergekit import import_text, tensor_names
 from fusion.settings import Curve, Override, Slice, Table
 
 STEPS, SHARE = 64, 1e-3  # a weight may be this far off; this share may be farther, where a threshold falls between two roundings
@@ -259,7 +259,7 @@ def main() -> int:
             try:
                 if name in FILES:
                     text = resolved(FILES[name], folder)
-                    (recipe,), _ = import_text(text)
+                    (recipe,), _ = import_text(text, opener=tensor_names)
                 else:
                     recipe = exported(name.removeprefix("export "), folder)
                     text = export(recipe)
