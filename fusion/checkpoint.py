@@ -21,7 +21,7 @@ import numpy as np
 from fusion import dtypes
 from fusion.anatomy import place
 from fusion.errors import CheckpointError, nearest
-from fusion.files import Files, Span, list_tensors, read_json
+from fusion.files import Files, Span, file_names, list_tensors, read_json
 from fusion.header import TensorInfo
 from fusion.quantised import decode, dequantised, plain_config, read_scale
 
@@ -217,6 +217,15 @@ class Checkpoint(Mapping[str, np.ndarray]):
     def file(self, name: str) -> Path:
         """Where a small file beside the weights lies, such as tokenizer.json, if there is one."""
         return self.folder / name
+
+    def small_names(self) -> list[str]:
+        """The names of the plain files beside the weights that `file` finds, sorted."""
+        return [name for name in file_names(self.folder, "") if os.path.isfile(self.file(name))]
+
+    @property
+    def converted(self) -> bool:
+        """Whether the weights are read otherwise than they are stored in the folder: made of pickles, or from FP8."""
+        return bool(self._fp8) or any(tensor.file.parent != self.folder for tensor in self._stored.values())
 
     @property
     def _text_config(self) -> dict:

@@ -20,7 +20,7 @@ from fusion.errors import CheckpointError
 from fusion.header import TensorInfo, read_header
 from fusion.maps import Map, mapped
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 200_000_000
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -46,15 +46,15 @@ def list_tensors(folder: Path, read: Callable[[Path], list[TensorInfo]] = read_h
 
     `read` reads the header of one file; `names` are the files there are (default: those in the folder).
     """
-    promised = read_index(folder / INDEX)
     if names is None:  # a pipe or a device is no file: opening it may never end
         names = {name for name in file_names(folder, "") if os.path.isfile(folder / name)}
+    promised = {} if WHOLE in names else read_index(folder / INDEX)  # beside a whole file, transformers reads no index
     files = sorted(set(promised.values())) if promised else _single_file(folder, names)
     info: dict[str, TensorInfo] = {}
     for file in files:
         if file not in names:
             raise CheckpointError(f"the index names {file}, which is missing", where=str(folder),
-                                  todo="Download the missing shard.")
+                                  todo="Download the missing shard, or the index that belongs to the shards that are there.")
         for tensor in read(folder / file):
             if tensor.name in info:
                 raise CheckpointError(f"{tensor.name} is stored in two shards", where=str(folder))
@@ -89,10 +89,10 @@ def file_names(folder: Path, *ends: str) -> list[str]:
 
 
 def _single_file(folder: Path, names: Collection[str]) -> list[str]:
-    found = sorted(name for name in names if name.endswith(".safetensors"))
-    if "model.safetensors" in found:
-        return ["model.safetensors"]
-    if len(found) == 1 and not found[0].startswith("adapter"):
+    if WHOLE in names:
+        return [WHOLE]
+    found = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("adapter"))
+    if len(found) == 1:
         return found
     if found:
         raise CheckpointError(f"{len(found)} safetensors files without {INDEX}", where=str(folder),

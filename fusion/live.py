@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusion import compiled, dtypes
+from fusion.loading import TORCH_NAMES
 from fusion.plan import MergePlan
 from fusion.progress import Meter, Work
 from fusion.recipe import Recipe
@@ -108,7 +109,7 @@ def chat_model(result: LiveResult, name: str) -> ChatModel:
         folder = Path(scratch)
         for file, content in result.plan.small_files():
             (folder / file).write_bytes(content)
-        return chat.from_tensors(state_dict(result), result.plan.dtype, folder, folder, name)
+        return chat.from_tensors(state_dict(result), result.plan.dtype, folder, name)
 
 
 def state_dict(result: LiveResult) -> dict:
@@ -116,11 +117,7 @@ def state_dict(result: LiveResult) -> dict:
     import torch
 
     def tensor(name: str, code: str, shape: tuple[int, ...]):
-        data, dtype = bytearray(result.tensors[name]), getattr(torch, _TORCH_NAMES[code])
+        data, dtype = bytearray(result.tensors[name]), getattr(torch, TORCH_NAMES[code])
         return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
 
     return {name: tensor(name, code, shape) for name, code, shape in result.plan.outputs()}
-
-
-_TORCH_NAMES = {"BF16": "bfloat16", "F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "I32": "int32",
-                "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}

@@ -30,12 +30,13 @@ _SAFE = "Get it as safetensors, or from the people who made it."
 
 def pickled_files(folder: Path) -> list[Path]:
     """The pickles that hold a model's weights when no safetensors do, else []; CheckpointError when it is not clear which."""
-    if file_names(folder, ".safetensors") or os.path.isfile(folder / INDEX):
+    whole = [name for name in file_names(folder, ".safetensors") if not name.startswith("adapter")]
+    if whole or os.path.isfile(folder / INDEX):
         return []
     named = sorted(set(read_index(folder / PICKLE_INDEX).values()))
     found = file_names(folder, *PICKLES)
-    whole = [name for name in found if name.endswith(".bin") and name not in _LEFTOVERS and not name.startswith("adapter")]
-    files = named or (["pytorch_model.bin"] if "pytorch_model.bin" in found else whole)
+    lone = [name for name in found if name.endswith(".bin") and name not in _LEFTOVERS and not name.startswith("adapter")]
+    files = ["pytorch_model.bin"] if "pytorch_model.bin" in found else named or lone
     if not files and found and not found[0].startswith("adapter"):
         raise CheckpointError(f"only a training state ({found[0]}), not a saved model", where=str(folder),
                               todo="Save the model with save_pretrained and give that folder.")

@@ -46,6 +46,10 @@ class View(Checkpoint):
         """See Checkpoint."""
         return self.model.file(name)
 
+    def small_names(self) -> list[str]:
+        """See Checkpoint."""
+        return self.model.small_names()
+
     def close(self) -> None:
         """See Checkpoint."""
         self.model.close()

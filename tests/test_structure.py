@@ -19,9 +19,9 @@ LEVELS = (  # from the roof down: a module imports lower rows, and in its own ro
      "distill"),
     ("preflight", "variation", "inspection", "writer"),
     ("dtypes", "compiled", "maps", "header", "journal", "shards", "anatomy", "files", "quantised", "checkpoint", "digest", "blocks",
-     "view", "pickles", "adapter_settings", "adapters", "hub", "sources", "tables", "documents", "endpoint", "methods", "align",
-     "tokens", "vocabulary"),
-    ("caching", "errors", "loading", "progress", "threads", "version"),
+     "view", "pickles", "adapter_settings", "adapters", "hub", "sources", "loading", "tables", "documents", "endpoint", "methods",
+     "align", "tokens", "vocabulary"),
+    ("caching", "errors", "progress", "threads", "version"),
 )
 RANK = {module: (-row, column) for row, modules in enumerate(LEVELS) for column, module in enumerate(modules)}
 TOP = {"app.py", "fusion", "components", "assets", "tests", "requirements.txt", "README.md", "CHANGELOG.md", "pyproject.toml",

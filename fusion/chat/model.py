@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from fusion.errors import CheckpointError, FusionError, ResourceError
-from fusion.loading import LOADING
+from fusion.checkpoint import Checkpoint
+from fusion.errors import CheckpointError
+from fusion.loading import build_model, load_model, tokenizer_in, tokenizer_of
 
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json", "*.tiktoken")
 
@@ -40,75 +43,41 @@ class ChatModel:
             return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load(folder: str | Path, name: str | None = None) -> ChatModel:
-    """Load a checkpoint folder: safetensors only, local files only, none of its code is run.
+def load(model: Checkpoint | str | Path, name: str | None = None) -> ChatModel:
+    """Load an open checkpoint, or a folder: safetensors only, local files only, none of its code is run.
 
     On a CPU the weights become float32; on a GPU they keep their dtype. Raises CheckpointError, ResourceError.
     """
-    folder = Path(folder)
-    name = name or folder.name
-    _weight_files(folder, name)
-    _check_vocabulary(folder, name)
-    try:
-        with LOADING:
-            return _load(folder, name)
-    except FusionError:
-        raise
-    except Exception as error:  # the one border: transformers raises a dozen kinds for a bad folder
-        raise _explain(error, folder, name) from error
-
-
-def _load(folder: Path, name: str) -> ChatModel:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    checkpoint = model if isinstance(model, Checkpoint) else _open(Path(model), name)
+    _check_vocabulary(checkpoint)
     on_gpu = torch.cuda.is_available()
-    options = {"local_files_only": True, "trust_remote_code": False}
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, use_safetensors=True, dtype="auto" if on_gpu else torch.float32, output_loading_info=True, **options)
-    _refuse_gaps(info, name)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    return from_parts(model.to("cuda") if on_gpu else model, tokenizer, name)
+    loaded = load_model(checkpoint, "auto" if on_gpu else torch.float32)
+    return from_parts(loaded.to("cuda") if on_gpu else loaded, tokenizer_of(checkpoint), name or checkpoint.name)
 
 
-def from_tensors(tensors: Mapping[str, Any], dtype: str, shape_of: Path, donor: Path, name: str) -> ChatModel:
+def _open(folder: Path, name: str | None) -> Checkpoint:
+    """The checkpoint of a folder; its errors name it as people do, not by its path."""
+    name = name or folder.name
+    try:
+        return Checkpoint(folder, name)
+    except CheckpointError as error:
+        where = name if error.where in (None, str(folder)) else error.where
+        raise CheckpointError(error.found.replace(str(folder), name), where=where, todo=error.todo) from error
+
+
+def from_tensors(tensors: Mapping[str, Any], dtype: str, folder: Path, name: str) -> ChatModel:
     """Make a ChatModel of torch tensors by name; they take the way that loading them from a folder would take.
 
-    `shape_of` is the folder with the model's config, `donor` the one with tokenizer and generation config. On a CPU the
-    weights become float32; on a GPU they get `dtype`. Raises CheckpointError, ResourceError.
+    `folder` holds the model's config, tokenizer and generation config. On a CPU the weights become float32; on a GPU they get
+    `dtype`. Raises CheckpointError, ResourceError.
     """
-    try:
-        with LOADING:
-            return _from_tensors(tensors, dtype, shape_of, donor, name)
-    except FusionError:
-        raise
-    except Exception as error:
-        raise _explain(error, shape_of, name) from error
-
-
-def _from_tensors(tensors: Mapping[str, Any], dtype: str, shape_of: Path, donor: Path, name: str) -> ChatModel:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     on_gpu = torch.cuda.is_available()
-    options = {"local_files_only": True, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(shape_of, **options)
-    with torch.device("meta"):  # only to learn the class, without weights
-        kind = type(AutoModelForCausalLM.from_config(config))
-    model, info = kind.from_pretrained(None, config=config, state_dict=dict(tensors), output_loading_info=True,
-                                       dtype=getattr(torch, dtype) if on_gpu else torch.float32)
-    _refuse_gaps(info, name)
-    if (donor / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(donor, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(donor, **options)
-    return from_parts(model.to("cuda") if on_gpu else model, tokenizer, name)
-
-
-def _refuse_gaps(info: dict, name: str) -> None:
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lacking:  # transformers would fill them with random numbers and say so only in the log
-        raise CheckpointError(f"{len(lacking)} matrices are missing or have the wrong shape, first {lacking[0]}",
-                              where=name, todo="Download or merge the checkpoint again.")
+    model = build_model(tensors, folder, getattr(torch, dtype) if on_gpu else torch.float32, name)
+    return from_parts(model.to("cuda") if on_gpu else model, tokenizer_in(folder, name), name)
 
 
 def from_parts(model: Any, tokenizer: Any, name: str) -> ChatModel:
@@ -128,37 +97,15 @@ def from_parts(model: Any, tokenizer: Any, name: str) -> ChatModel:
 def expected_bytes(folder: str | Path) -> int:
     """Memory that `load` will take, in bytes, from the file headers alone; raises CheckpointError."""
     import torch
-    from safetensors import SafetensorError, safe_open
 
-    folder, total, on_gpu = Path(folder), 0, torch.cuda.is_available()
-    try:
-        for file in _weight_files(folder, folder.name):
-            if on_gpu:
-                total += file.stat().st_size
-                continue
-            with safe_open(file, "pt") as tensors:
-                shapes = (tensors.get_slice(key).get_shape() for key in list(tensors.keys()))
-                total += sum(4 * torch.Size(shape).numel() for shape in shapes)
-    except (SafetensorError, OSError) as error:
-        raise _explain(error, folder, folder.name) from error
-    return total
+    with closing(_open(Path(folder), None)) as checkpoint:
+        return checkpoint.nbytes if torch.cuda.is_available() else sum(4 * tensor.numel for tensor in checkpoint.info.values())
 
 
-def _weight_files(folder: Path, name: str) -> list[Path]:
-    if not (folder / "config.json").is_file():
-        raise CheckpointError("There is no config.json here", where=name, todo="Choose a whole checkpoint.")
-    # Some checkpoints bring the same weights once more under another name, which transformers leaves alone too.
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError("There are no safetensors weights here", where=name,
-                              todo="Convert the checkpoint to safetensors; pickled weights are never opened.")
-    return files
-
-
-def _check_vocabulary(folder: Path, name: str) -> None:
+def _check_vocabulary(checkpoint: Checkpoint) -> None:
     # Without these files transformers makes up an empty tokenizer, and the model answers nonsense.
-    if not any(file for pattern in VOCABULARIES for file in folder.glob(pattern)):
-        raise CheckpointError("There is no tokenizer here", where=name,
+    if not any(fnmatch(file, pattern) for file in checkpoint.small_names() for pattern in VOCABULARIES):
+        raise CheckpointError("There is no tokenizer here", where=checkpoint.name,
                               todo="Add tokenizer.json and tokenizer_config.json of the model it was made from.")
 
 
@@ -188,13 +135,3 @@ def _nbytes(model: Any) -> int:
     stores = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
               for t in (*model.parameters(), *model.buffers())}
     return sum(stores.values())
-
-
-def _explain(error: Exception, folder: Path, name: str) -> FusionError:
-    """A foreign exception in the house's words, without the path, which is nobody's business on a public page."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return ResourceError("There is not enough memory to load this model", where=name,
-                             todo="Close other models or choose a smaller one.")
-    lines = str(error).replace(str(folder), name).strip().splitlines()
-    found = f"This checkpoint cannot be loaded ({type(error).__name__}{': ' + lines[0] if lines else ''})"
-    return CheckpointError(found, where=name, todo="Check that config, tokenizer and safetensors files are whole.")

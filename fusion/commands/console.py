@@ -14,11 +14,13 @@ from fusion.progress import Progress
 from fusion.recipe import short_names
 from fusion.variation import MEASURES
 
+_NAMES = "a folder, a Hub id, or either with +ADAPTER behind it"
+
 
 def models(sub: argparse.ArgumentParser) -> None:
     """Add the arguments PIVOT TARGET…"""
-    sub.add_argument("pivot", metavar="PIVOT", help="folder of the checkpoint that variation is measured from")
-    sub.add_argument("targets", metavar="TARGET", nargs="+", help="folders of the models to merge")
+    sub.add_argument("pivot", metavar="PIVOT", help=f"the model that variation is measured from: {_NAMES}")
+    sub.add_argument("targets", metavar="TARGET", nargs="+", help="the models to merge, named alike")
 
 
 def weighing(sub: argparse.ArgumentParser) -> None:
@@ -28,10 +30,10 @@ def weighing(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--allow-nonfinite", action="store_true", help="accept NaN and Inf in weights")
 
 
-def open_models(options: argparse.Namespace) -> tuple[Checkpoint, list[Checkpoint]]:
-    """Open the checkpoints that PIVOT TARGET… name, headers only."""
-    folders = [options.pivot, *options.targets]
-    pivot, *targets = (Checkpoint(folder, name) for folder, name in zip(folders, short_names(folders), strict=True))
+def open_models(options: argparse.Namespace, opened: Callable[[str, str], Checkpoint]) -> tuple[Checkpoint, list[Checkpoint]]:
+    """Open the checkpoints that PIVOT TARGET… name: `opened` is `open_checkpoint`, or `peek` where headers are enough."""
+    refs = [options.pivot, *options.targets]
+    pivot, *targets = (opened(ref, name) for ref, name in zip(refs, short_names(refs), strict=True))
     return pivot, targets
 
 

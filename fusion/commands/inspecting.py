@@ -14,6 +14,7 @@ from fusion.commands.console import models, open_models, print_json, show_progre
 from fusion.errors import CheckpointError, RecipeError, nearest, printable
 from fusion.progress import finish
 from fusion.recipe import Recipe, load_stages
+from fusion.sources import open_checkpoint
 from fusion.tables import table
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _inspect(options: argparse.Namespace) -> None:
     check_granularity(options.granularity)
     if options.sort is not None and options.sort not in SORTS:
         raise RecipeError(f"unknown order {options.sort!r}", where="--sort", todo=nearest(options.sort, SORTS))
-    pivot, targets = open_models(options)
+    pivot, targets = open_models(options, open_checkpoint)
     show = show_progress(options.json or options.csv)
     if options.preview:
         sample = finish(preview(pivot, targets, seconds=options.seconds, allow_nonfinite=options.allow_nonfinite), show)

@@ -9,6 +9,7 @@ from fusion.errors import printable
 from fusion.preflight import Preflight, preflight
 from fusion.progress import finish
 from fusion.recipe import Recipe
+from fusion.sources import open_checkpoint, peek
 from fusion.tables import bytes_text, table
 from fusion.variation import measure
 
@@ -24,7 +25,7 @@ def add(command) -> None:
 
 
 def _preflight(options: argparse.Namespace) -> None:
-    pivot, targets = open_models(options)
+    pivot, targets = open_models(options, peek)
     report = preflight(pivot, targets, out=options.out)
     if options.json:
         print_json(report.to_dict())
@@ -44,7 +45,7 @@ def _preflight_text(report: Preflight) -> str:
 
 
 def _variation(options: argparse.Namespace) -> None:
-    pivot, targets = open_models(options)
+    pivot, targets = open_models(options, open_checkpoint)
     granularity, measured_by = options.granularity or "matrix", options.measure or "square"
     _check_names(granularity, measured_by)
     variation = finish(measure(pivot, targets, elements=granularity == "parameter", allow_nonfinite=options.allow_nonfinite),

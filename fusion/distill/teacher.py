@@ -14,12 +14,11 @@ from typing import Protocol
 
 import numpy as np
 
-from fusion.checkpoint import Checkpoint
 from fusion.distill.dialogues import Dialogue
 from fusion.distill.encoding import Encoded, Encoder
 from fusion.distill.store import Rows, Store, data_digest
 from fusion.errors import CheckpointError
-from fusion.loading import LOADING
+from fusion.loading import load_model, tokenizer_of
 from fusion.progress import Meter, Work
 from fusion.sources import open_checkpoint
 
@@ -67,28 +66,12 @@ class LocalTeacher(LoadedTeacher):
     def __init__(self, source: str, *, template: str | None = None, max_tokens: int | None = None, dtype: str = "auto",
                  device: str = "auto"):
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         if dtype == "auto" and place.type == "cpu":
             dtype = "float32"
         with closing(open_checkpoint(source)) as checkpoint:
-            mark, folder = checkpoint.fingerprint, checkpoint.folder
-            # An adapter, or weights that were converted elsewhere: the folder alone would be another model.
-            state = None if stored_as_read(checkpoint) else {name: torch.from_numpy(checkpoint[name]) for name in checkpoint}
-        try:
-            with LOADING:
-                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-                if state is None:
-                    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-                else:
-                    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                    with torch.device("meta"):  # only to learn the class, without weights
-                        kind = type(AutoModelForCausalLM.from_config(config))
-                    model = kind.from_pretrained(None, config=config, state_dict=state,
-                                                 dtype=torch.float32 if dtype == "auto" else dtype)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"transformers cannot load it ({str(error)[:300]})", where=source) from error
+            mark, model, tokenizer = checkpoint.fingerprint, load_model(checkpoint, dtype), tokenizer_of(checkpoint)
         super().__init__(model.to(place).eval(), tokenizer, mark, template=template, max_tokens=max_tokens)
 
 
@@ -103,11 +86,6 @@ def _top(logits, encoded: Encoded, top_k: int) -> Rows:
     gold = picked.gather(1, torch.from_numpy(encoded.targets).to(logits.device)[:, None])[:, 0]
     return Rows(best.indices.cpu().numpy().astype(np.int32), (best.values - total[:, None]).cpu().numpy(),
                 total.cpu().numpy(), (total - gold).cpu().numpy())
-
-
-def stored_as_read(checkpoint: Checkpoint) -> bool:
-    """Whether the folder by itself is this model: no adapter, no weights that were converted elsewhere."""
-    return type(checkpoint) is Checkpoint and any(checkpoint.folder.glob("*.safetensors"))
 
 
 def context_of(config) -> int | None:

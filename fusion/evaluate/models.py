@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 
 from fusion import chat
-from fusion.checkpoint import Checkpoint
 from fusion.errors import RecipeError, nearest
 from fusion.recipe import short_names
 from fusion.sources import open_checkpoint
@@ -78,13 +77,8 @@ def chosen(wanted: str | None, models: dict[str, str]) -> str | None:
 
 def load(ref: str, name: str) -> chat.ChatModel:
     """Load a folder, "folder+adapter" or a model on the Hub, ready to answer; CheckpointError, ResourceError."""
-    import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     with closing(open_checkpoint(ref, name)) as checkpoint:
-        if type(checkpoint) is Checkpoint and any(checkpoint.folder.glob("*.safetensors")):
-            return chat.load(checkpoint.folder, name)
-        # An adapter, or weights that were converted elsewhere: the folder alone would be another model.
-        tensors = {tensor: torch.from_numpy(checkpoint[tensor]) for tensor in checkpoint}
-        return chat.from_tensors(tensors, "bfloat16", checkpoint.folder, checkpoint.folder, name)
+        return chat.load(checkpoint, name)

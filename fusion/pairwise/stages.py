@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from fusion.distill.encoding import PLAIN, Encoder
 from fusion.distill.fused import STATISTICS_FILE, FusedData, Knower, build
 from fusion.distill.server import ServerTeacher, load_tokenizer
 from fusion.distill.store import PLAN_FILE, Store, write_whole
-from fusion.distill.teacher import LocalTeacher, Teacher, prepare, represent, stored_as_read
+from fusion.distill.teacher import LocalTeacher, Teacher, prepare, represent
 from fusion.errors import FusionError, MismatchError
+from fusion.loading import stored_as_read, tokenizer_of
 from fusion.merge import merge
 from fusion.pairwise.cards import run_card, target_card
 from fusion.pairwise.place import Place, claim
@@ -146,14 +148,10 @@ class Crew:
 
 def encoder_of(source: str, recipe: FuseRecipe, name: str = "") -> Encoder:
     """How a model of this recipe reads dialogues; `name` is a source's, which a server may run."""
-    from transformers import AutoTokenizer
-
     if name in recipe.servers:
         return Encoder(load_tokenizer(source), template_of(recipe), recipe.max_tokens)
-    checkpoint = open_checkpoint(source)
-    checkpoint.close()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    return Encoder(tokenizer, template_of(recipe), recipe.max_tokens)
+    with closing(open_checkpoint(source)) as checkpoint:
+        return Encoder(tokenizer_of(checkpoint), template_of(recipe), recipe.max_tokens)
 
 
 def template_of(recipe: FuseRecipe) -> str | None:

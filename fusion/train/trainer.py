@@ -20,14 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from fusion.checkpoint import Checkpoint
 from fusion.distill.fused import Example
 from fusion.distill.losses import fusion_loss
 from fusion.errors import FusionError, OutputError, RecipeError, Stopped
-from fusion.loading import LOADING
+from fusion.loading import load_model
 from fusion.progress import Progress, Work
 from fusion.train.history import HISTORY_FILE, append, earlier, unfinished_work
 from fusion.train.settings import Training
@@ -114,8 +114,8 @@ def _last_checkpoint(work: Path) -> Path | None:
 def _trainer(pivot: str | os.PathLike, examples: Sequence[Example], work: Path,
              training: Training) -> tuple[FusionTrainer, _Watch]:
     set_seed(training.seed)
-    with LOADING:
-        model = AutoModelForCausalLM.from_pretrained(pivot, dtype=training.dtype, use_safetensors=True, trust_remote_code=False)
+    with contextlib.closing(Checkpoint(pivot)) as checkpoint:
+        model = load_model(checkpoint, training.dtype)
     model.config.use_cache = False
     if training.lora_rank:
         model = _with_adapter(model, training)
