@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,20 +12,24 @@ from fusion.errors import printable
 from fusion.plan import MergePlan
 from fusion.recipe import Recipe
 from fusion.settings import plain
+from fusion.sources import hub_ids
 from fusion.variation import Variation
 from fusion.version import VERSION
 
 _KINDS = ("embedding", "attention", "mlp", "norm", "head", "other")
 
 
-def model_card(plan: MergePlan, recipe: Recipe, variation: Variation | None, weights: np.ndarray) -> str:
+def model_card(plan: MergePlan, recipe: Recipe, variation: Variation | None, weights: np.ndarray,
+               stages: Sequence[Recipe] = ()) -> str:
     """Write the README.md of a merge as Hub-style Markdown with front matter.
 
-    `recipe` with its digests, `variation` None where nothing was measured, `weights` [T, J], [T, 0] for methods without.
+    `recipe` with its digests, `variation` None where nothing was measured, `weights` [T, J], [T, 0] for methods without;
+    `stages` are the merges before it whose results it merges.
     """
     method, count = plan.method, len(recipe.targets)
     return "\n".join([
-        _front_matter(plan), f"# {method.title} merge of {' and '.join(map(as_text, recipe.names))}", "",
+        *front_matter(_made_of(plan, stages), "merge", ("merge", "fusechat")), "",
+        f"# {method.title} merge of {' and '.join(map(as_text, recipe.names))}", "",
         f"{method.title} ({_how(recipe, method.weights)}) of {count} target{'s' * (count != 1)} with the pivot "
         f"{as_text(plan.pivot.name)}. {method.summary} Made with FuseChat Studio {VERSION}.", "",
         f"    {method.formula}", "", f"Source: {method.source}.", "",
@@ -37,10 +42,20 @@ def model_card(plan: MergePlan, recipe: Recipe, variation: Variation | None, wei
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))", "```", ""])
 
 
-def _front_matter(plan: MergePlan) -> str:
-    names = "\n".join(f"- {json.dumps(model.name)}" for model in plan.models)
-    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nbase_model:\n{names}\n" \
-           "base_model_relation: merge\ntags:\n- merge\n- fusechat\n---\n"
+def front_matter(base_models: Sequence[str], relation: str, tags: Sequence[str]) -> Iterator[str]:
+    """The lines of a card's metadata. `base_models`: ids on the Hub and nothing else, which refuses a card that names a folder
+    or shows it as a stranger's model of that name; `relation`: what was done with them, see the Hub's `base_model_relation`."""
+    yield from ("---", "library_name: transformers", "pipeline_tag: text-generation")
+    if base_models:
+        yield from ("base_model:", *(f"- {name}" for name in base_models), f"base_model_relation: {relation}")
+    yield from ("tags:", *(f"- {tag}" for tag in tags), "---")
+
+
+def _made_of(plan: MergePlan, stages: Sequence[Recipe]) -> list[str]:
+    """The models on the Hub that went into a merge and into the merges before it, each once."""
+    between = {stage.name for stage in stages}
+    refs = [*plan.refs, *(ref for stage in stages for ref in (stage.pivot, *stage.targets) if ref not in between)]
+    return list(dict.fromkeys(name for ref in refs for name in hub_ids(ref)))
 
 
 def as_text(name: object) -> str:

@@ -227,7 +227,7 @@ def side_files(plan: MergePlan, recipe: Recipe, computed: Computed,
     if computed.variation is not None:
         yield VARIATION_FILE, _report_text(computed.variation.to_dict(recipe.granularity, recipe.measure, computed.weights))
     yield RECIPE_FILE, "---\n".join(stage.to_yaml() for stage in (*stages, recipe))
-    yield "README.md", model_card(plan, recipe, computed.variation, computed.weights)
+    yield "README.md", model_card(plan, recipe, computed.variation, computed.weights, stages)
 
 
 def _report_text(report: dict) -> str:

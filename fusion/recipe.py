@@ -8,6 +8,7 @@ A file may hold several, the stages of one merge: see `stages_from_yaml`.
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -225,11 +226,14 @@ def _refuse(problems: Sequence[str], where: str) -> None:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a recipe file, as far as one may be long; RecipeError when it cannot be read."""
+    """The text of a recipe file, as far as one may be long, whatever byte order mark an editor or PowerShell put before it;
+    RecipeError when it cannot be read."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device need never end
             raise RecipeError("cannot be read (it is a folder, pipe or device)", where=str(path))
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
+            wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        with open(path, encoding="utf-16" if wide else "utf-8-sig") as file:
             return file.read(documents.MAX_CHARACTERS + 1)
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot be read ({error})", where=str(path)) from error

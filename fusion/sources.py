@@ -10,6 +10,7 @@ A folder that exists wins over every other reading, also one with a plus in its 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from fusion import hub
@@ -18,6 +19,8 @@ from fusion.adapters import Adapted
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError
 from fusion.pickles import converted, pickled_files
+
+_CACHED = re.compile(r"models--([\w.-]+)/snapshots")  # where the Hub's library keeps a model, in front of its commit
 
 
 def open_checkpoint(ref: str | os.PathLike, name: str | None = None) -> Checkpoint:
@@ -31,6 +34,20 @@ def open_checkpoint(ref: str | os.PathLike, name: str | None = None) -> Checkpoi
 def peek(ref: str | os.PathLike, name: str | None = None) -> Checkpoint:
     """As `open_checkpoint`, but of a model on the Hub only headers and small files are fetched: enough for a preflight."""
     return _open(os.fspath(ref), name, weights=False)
+
+
+def hub_ids(ref: str | os.PathLike) -> tuple[str, ...]:
+    """The ids on the Hub of the model that `ref` names and of its adapter; a folder has one only in the Hub's own cache."""
+    text = os.fspath(ref)
+    return tuple(name for part in (_split(text) or (text,)) for name in _hub_id(part))
+
+
+def _hub_id(text: str) -> tuple[str, ...]:
+    if not os.path.isdir(text):
+        found = hub.parse(text)
+        return (found[0],) if found else ()
+    cached = _CACHED.fullmatch("/".join(Path(text).absolute().parts[-3:-1]))
+    return (cached[1].replace("--", "/"),) if cached else ()
 
 
 def _open(text: str, name: str | None, weights: bool) -> Checkpoint:

@@ -105,6 +105,35 @@ def test_anchors_and_merge_keys_are_followed():
     assert not found and [source.parameters["weight"][0].values for source in document.models] == [(1,)] * 3
 
 
+@pytest.mark.parametrize("parameters", [
+    "{<<: *p, weight: 3}", "{weight: 3, <<: *p}",  # its own key wins, wherever it stands
+    "{<<: [{weight: 3}, *p]}", "{<<: [*q, *p]}",  # of several the first
+    "{<<: *p, <<: *q}", "{<<: {<<: *p, weight: 3}}"])  # of two merge keys the last; what is merged may merge
+def test_merge_keys_give_way_as_yaml_has_it(parameters):
+    (document,), found = read("merge_method: ties\nbase_model: p\nown: {p: &p {weight: 1, density: 0.5}, q: &q {weight: 3}}\n"
+                              f"models:\n- {{model: a, parameters: {parameters}}}\n")
+    values = {name: rows[0].values for name, rows in document.models[0].parameters.items()}
+    assert not found and values["weight"] == (3,) and values.get("density", (0.5,)) == (0.5,)
+
+
+def test_a_key_that_only_holds_anchors_is_not_called_unknown():
+    body = "merge_method: linear\nmodels:\n- {model: a, parameters: *p}\n"
+    assert not read(f"defaults: &p {{weight: 1}}\n{body}")[1] and not read(f"x: {{y: [&p {{weight: 1}}]}}\n{body}")[1]
+    assert not read(f"common: &c {{dtype: float16}}\n<<: *c\n{body.replace('*p', '{weight: 1}')}")[1]
+    (note,) = read(f"defaults: &p {{weight: 1}}\ndefault: *p\n{body}")[1]
+    assert note.line == 2 and "knows no 'default'" in note.text
+
+
+CHAIN = "x0: &x0 {a: 1}\n" + "".join(f"x{i}: &x{i} {{<<: *x{i - 1}}}\n" for i in range(1, 80)) + "<<: *x79\n"
+
+
+@pytest.mark.parametrize("text", ["<<: 3\n", "<<: [3]\n", "a: &a {b: {<<: *a}}\n<<: {<<: *a, <<: 1}\n",
+                                  "a: &a {<<: &b {<<: *a, x: 1}}\n<<: *a\n", CHAIN], ids=["3", "[3]", "1", "circle", "chain"])
+def test_merge_keys_that_lead_nowhere_end_in_words(text):
+    found = lint(text + "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n")
+    assert [note for note in found if note.level == "error" and note.text.startswith("<<")]
+
+
 @pytest.mark.parametrize(("value", "kind", "wanted"), [
     ("1e-4", "number", 1e-4), (True, "number", 1.0), ("x", "number", None), ("nan", "number", None), (1e300, "number", None),
     (7.0, "integer", 7), (7.5, "integer", None), ("off", "flag", False), (1, "flag", True), ("2", "flag", None)])
@@ -254,6 +283,19 @@ def test_many_aliases_end_in_words():
 def test_mergekit_files_are_told_from_recipes():
     assert is_mergekit(FULL) and not is_mergekit("fusechat: 1\nmethod: linear\n")
     assert not is_mergekit("# merge_method: linear\nfusechat: 1\n") and not is_mergekit("merge_method: x\nfusechat: 1\n")
+
+
+@pytest.mark.parametrize(("text", "theirs"), [
+    ("\ufeffmerge_method: linear\nmodels: []\n", True), ('"merge_method": linear\n', True),
+    ("  merge_method: linear\n  models: []\n", True), ('{"models": [{"model": "a"}], "merge_method": "linear"}', True),
+    ("models: []\nbase_model: a\n", True), ("name: a\nslices: []\nmerge_method: x\n", True),
+    ("base_model: a\nexperts: []\ngate_mode: hidden\n", True), ("merge_method: linear\nmodels: [\n", True),
+    ("name: one\nmodels: []\n---\nmerge_method: linear\n", True),
+    ("pivot: a\ntargets: []\nmethod: linear\nmerge_method: linear\n", False), ("pivot: a\ntargets: [\n", False),
+    ("pivot: a\noptions:\n  merge_method: x\n", False), ("name: x\n", False), ("", False), ("- merge_method: x\n", False),
+    ("? [merge_method]\n: x\n", False)])
+def test_mergekit_files_are_recognised_by_their_keys(text, theirs):
+    assert is_mergekit(text) is theirs
 
 
 SCRAPS = [*FULL.splitlines(keepends=True), "---\n", "  - filter: x\n", "slices:\n", "[", "{", ": ", "\t", "&a *a\n"]

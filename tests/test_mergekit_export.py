@@ -219,6 +219,25 @@ def test_a_mergekit_file_can_be_merged_as_it_is(models, tmp_path, capsys):
     assert all((one[name] == two[name]).all() for name in two)
 
 
+@pytest.mark.parametrize(("name", "encoding"), [("m.yaml", "utf-8-sig"), ("m.yml", "utf-16"), ("mergekit config.txt", "utf-8")])
+def test_a_mergekit_file_is_one_whatever_it_is_called_and_however_it_was_saved(models, tmp_path, capsys, name, encoding):
+    (tmp_path / name).write_text(FILE.format(models), encoding=encoding)
+    assert main(["merge", str(tmp_path / name), "--out", str(tmp_path / "one")]) == 0
+    assert main(["lint", str(tmp_path / name)]) == 0 and main(["import", str(tmp_path / name)]) == 0
+
+
+def test_a_folder_stands_for_the_recipe_in_it(models, tmp_path, capsys):
+    recipe = Recipe(str(models / "pivot"), (str(models / "target-a"),), method="linear")
+    folder = finish(merge(recipe, tmp_path / "made")).folder
+    (folder / "mergekit_config.yml").write_text(FILE.format(models))
+    assert main(["export", str(folder)]) == 0
+    assert import_text(capsys.readouterr().out)[0][0].method == "linear"
+    assert main(["lint", str(folder)]) == 0 and main(["import", str(folder)]) == 0
+    assert Recipe.from_yaml(capsys.readouterr().out.partition("fusechat:")[2].join(("fusechat:", ""))).method == "ties"
+    assert main(["export", str(models / "pivot")]) == 2
+    assert "there is no fusechat_recipe.yaml in this folder" in capsys.readouterr().err
+
+
 def test_export_measures_and_writes(models, tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(Recipe(str(models / "pivot"), (str(models / "target-a"), str(models / "target-b"))).to_yaml())
     assert main(["export", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "m.yaml")]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -192,7 +193,7 @@ def _compare(options: argparse.Namespace) -> None:
     from fusion.compare import compare, compare_recipes
 
     refs = (options.first, options.second)
-    if not any(ref.endswith((".yaml", ".yml")) for ref in refs):
+    if not any(map(_is_file, refs)):
         report = finish(compare(*refs, options.pivot), show_progress(options.json))
         if options.json:
             print_json(report.to_dict())
@@ -206,11 +207,15 @@ def _compare(options: argparse.Namespace) -> None:
         print(differences_text("recipe", found) if found else "The two recipes say the same.")
 
 
+def _is_file(ref: str) -> bool:
+    return ref.endswith((".yaml", ".yml")) or os.path.isfile(ref)
+
+
 def _recipe(ref: str) -> tuple[Recipe, ...]:
     """The stages of a recipe file, or of the recipe that a merged folder keeps."""
     from fusion.compare import recipe_of
 
-    stages = load_stages(ref) if ref.endswith((".yaml", ".yml")) else recipe_of(Path(ref))
+    stages = load_stages(ref) if _is_file(ref) else recipe_of(Path(ref))
     if not stages:
         raise RecipeError("there is no recipe in this folder", where=ref, todo="Give two recipe files, or two folders.")
     return stages

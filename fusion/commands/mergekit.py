@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import numpy as np
@@ -10,22 +11,24 @@ import numpy as np
 from fusion import documents
 from fusion.commands.console import print_json, show_progress
 from fusion.errors import OutputError, RecipeError
+from fusion.merge import RECIPE_FILE
 from fusion.mergekit import Note, export_text, import_text, is_mergekit, lint, tensor_names
 from fusion.plan import MergePlan
 from fusion.progress import finish
 from fusion.recipe import Recipe, read_text, stages_from_yaml
 from fusion.variation import measure
 
+MERGEKIT_FILE = "mergekit_config.yml"  # what mergekit leaves in the folder of a merge
 
 def add(command) -> None:
     """Add these commands with `command(name, run, text)`, which returns the parser."""
     read = command("import", _import, "Translate a mergekit file into a recipe that means the same, and say what differs.")
-    read.add_argument("file", metavar="MERGEKIT.yaml")
+    read.add_argument("file", metavar="MERGEKIT.yaml", help="the file, or the folder of a model that mergekit made")
     read.add_argument("--out", metavar="RECIPE.yaml", help="write the recipe here instead of printing it; the file must not exist")
     check = command("lint", _lint, "Explain every line of a mergekit file and warn of its traps.")
-    check.add_argument("file", metavar="MERGEKIT.yaml")
+    check.add_argument("file", metavar="MERGEKIT.yaml", help="the file, or the folder of a model that mergekit made")
     write = command("export", _export, "Write a recipe as a mergekit file; measured weights are measured and written out.")
-    write.add_argument("recipe", metavar="RECIPE.yaml")
+    write.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe, or the folder of a merge, which holds one")
     write.add_argument("--out", metavar="MERGEKIT.yaml", help="write it here instead of printing it; the file must not exist")
 
 
@@ -41,8 +44,18 @@ def stages_of(path: str) -> tuple[Recipe, ...]:
     return recipes
 
 
+def _inside(path: str, name: str) -> str:
+    """The file of this name in a folder; any other path as it is."""
+    if not os.path.isdir(path):
+        return path
+    if not os.path.isfile(os.path.join(path, name)):
+        raise RecipeError(f"there is no {name} in this folder", where=path, todo="Give the recipe's own path.")
+    return os.path.join(path, name)
+
+
 def _import(options: argparse.Namespace) -> None:
-    recipes, notes = import_text(read_text(options.file), where=options.file, opener=tensor_names)
+    file = _inside(options.file, MERGEKIT_FILE)
+    recipes, notes = import_text(read_text(file), where=file, opener=tensor_names)
     text = documents.write([recipe.to_dict() for recipe in recipes])
     if options.out:
         _write(options.out, text)
@@ -54,7 +67,7 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _lint(options: argparse.Namespace) -> None:
-    notes = lint(read_text(options.file))
+    notes = lint(read_text(_inside(options.file, MERGEKIT_FILE)))
     if options.json:
         print_json([vars(note) for note in notes])
     else:
@@ -69,7 +82,8 @@ def _line(note: Note) -> str:
 
 
 def _export(options: argparse.Namespace) -> None:
-    stages = stages_from_yaml(read_text(options.recipe), options.recipe)
+    file = _inside(options.recipe, RECIPE_FILE)
+    stages = stages_from_yaml(read_text(file), file)
     named = {stage.name for stage in stages}
     parts = []
     for stage in stages:

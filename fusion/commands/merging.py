@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -97,7 +98,7 @@ def _stages(options: argparse.Namespace) -> tuple[Recipe, ...]:
     if len(options.models) > 1:
         pivot, *targets = options.models
         return (Recipe(pivot, tuple(targets), **changes).check(),)
-    if not options.models[0].endswith((".yaml", ".yml")):
+    if not (options.models[0].endswith((".yaml", ".yml")) or os.path.isfile(options.models[0])):
         raise RecipeError("one argument that is no recipe file", where=options.models[0],
                           todo="Give RECIPE.yaml, or PIVOT and at least one TARGET.")
     *earlier, last = stages_of(options.models[0])

@@ -17,13 +17,39 @@ from fusion.mergekit.document import Document, Note, Parameters, Reference, Row,
 MAX_CHARACTERS, MAX_NODES = 4_000_000, 200_000
 _TOP = ("models", "slices", "modules", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
         "tokenizer", "chat_template", "name")
+_THEIRS = {*_TOP, "experts", "gate_mode"} - {"name", "dtype", "slices"}  # these three a recipe has too
+_OURS = {"pivot", "targets", "method", "weights", "options", "overrides", "exclude", "granularity", "measure", "vocabulary",
+         "donor", "seed", "revisions", "result"}
+_MERGE, _DEEPEST = "tag:yaml.org,2002:merge", 50
 _TAGS = ("str", "int", "float", "bool", "timestamp")
 _PARAMETERS = {name for form in FORMS.values() for name in form.parameters}.union(*OTHERS.values())
 
 
 def is_mergekit(text: str) -> bool:
-    """Whether a YAML text is a mergekit file rather than a recipe, by its top-level keys."""
-    return bool(re.search(r"^merge_method\s*:", text, re.M)) and not re.search(r"^fusechat\s*:", text, re.M)
+    """Whether a YAML text is a mergekit file rather than a recipe: by its top-level keys, however they are written."""
+    keys = _top_keys(text)
+    return "fusechat" not in keys and len(keys & _THEIRS) > len(keys & _OURS)
+
+
+def _top_keys(text: str) -> set[str]:
+    """The top-level keys of all documents; where this is no valid YAML also words that begin a line as keys do."""
+    import yaml
+
+    keys: set[str] = set()
+    level, table, at_key = 0, False, True
+    try:
+        for event in yaml.parse(text[:MAX_CHARACTERS], Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.CollectionStartEvent):
+                table, at_key = (isinstance(event, yaml.MappingStartEvent), True) if level == 0 else (table, at_key)
+                level += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                level -= 1
+            if level == 1 and table and not isinstance(event, yaml.MappingStartEvent):
+                keys |= {event.value} if at_key and isinstance(event, yaml.ScalarEvent) else set()
+                at_key = not at_key
+    except (yaml.YAMLError, RecursionError, ValueError):
+        keys |= set(re.findall(r"""^\s*["']?(\w+)["']?\s*:""", text[:MAX_CHARACTERS], re.M))
+    return keys
 
 
 def read(text: str) -> tuple[tuple[Document, ...], list[Note]]:
@@ -33,7 +59,7 @@ def read(text: str) -> tuple[tuple[Document, ...], list[Note]]:
     if len(text) > MAX_CHARACTERS:
         return (), [Note("error", 1, f"the file is longer than {MAX_CHARACTERS // 1_000_000} MB")]
     try:
-        roots = [node for node in yaml.compose_all(text, Loader=yaml.SafeLoader) if node is not None and node.value != ""]
+        roots, shared = _composed(text)
     except RecursionError:
         return (), [Note("error", 1, "nested too deeply")]
     except yaml.MarkedYAMLError as error:
@@ -41,11 +67,27 @@ def read(text: str) -> tuple[tuple[Document, ...], list[Note]]:
         return (), [Note("error", line, f"not valid YAML: {error.problem or error.context}")]
     except Exception as error:  # the border to PyYAML, which raises a dozen kinds
         return (), [Note("error", 1, f"not valid YAML: {' '.join(str(error).split())[:200]}")]
-    reader = _Reader()
+    reader = _Reader(shared)
     documents = tuple(reader.document(root) for root in roots)
     if not roots:
         reader.note("error", 1, "there is nothing in this file")
     return documents, reader.notes
+
+
+def _composed(text: str) -> tuple[list, list]:
+    """The root node of every document, and the nodes that aliases stand for."""
+    import yaml
+
+    shared: list = []
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            alias = self.check_event(yaml.AliasEvent)
+            node = super().compose_node(parent, index)
+            shared.extend([node] if alias else [])
+            return node
+
+    return [node for node in yaml.compose_all(text, Loader=Loader) if node is not None and node.value != ""], shared
 
 
 class _Full(Exception):
@@ -55,9 +97,10 @@ class _Full(Exception):
 class _Reader:
     """Walks YAML nodes and gathers notes; a part that cannot be read is left out and noted."""
 
-    def __init__(self):
+    def __init__(self, shared: Sequence = ()):
         self.notes: list[Note] = []
         self.nodes = 0
+        self.shared = {id(node): node for node in shared}
 
     def note(self, level: str, line: int, text: str) -> None:
         self.notes.append(Note(level, line, text))
@@ -96,17 +139,57 @@ class _Reader:
         if _kind(node) != "mapping":
             self.note("error", _line(node), f"{what} should be a table of settings, not {_shown(node)}")
             return {}
-        table, lines = {}, {}
-        for key, value in self.pairs(node):
+        table, keys = {}, {}
+        for key, value in self.own(node):
             name = str(key.value)
-            if name in lines:
-                self.note("warning", _line(key), f"{name} is given twice (first in line {lines[name]}); the last one counts")
-            lines[name] = _line(key)
-            table[name] = value
+            if name in table:
+                self.note("warning", _line(key), f"{name} is given twice (first in line {_line(keys[name])}); the last one counts")
+            keys[name], table[name] = key, value
+        for key, value in self.merged(node):
+            keys.setdefault(str(key.value), key)
+            table.setdefault(str(key.value), value)
         for name in [name for name in table if known and name not in known]:
-            self.unknown(name, lines[name], known, what)
+            if not self.holds_anchor(keys[name], table[name]):
+                self.unknown(name, _line(keys[name]), known, what)
             del table[name]
         return table
+
+    def own(self, node) -> Iterator[tuple]:
+        """The keys that stand in a mapping itself."""
+        for key, value in node.value:
+            self.nodes += 1
+            if self.nodes > MAX_NODES:
+                raise _Full
+            if key.tag != _MERGE:
+                yield key, value
+
+    def merged(self, node, above: tuple = ()) -> Iterator[tuple]:
+        """The keys that a mapping's merge keys (`<<`) bring, those that win first: they give way to its own keys and to
+        those of mappings listed before."""
+        for key, value in reversed(node.value):
+            for part in (value.value if _kind(value) == "sequence" else [value]) if key.tag == _MERGE else ():
+                if _kind(part) != "mapping":
+                    self.note("error", _line(key), f"<< takes in tables of settings, not {_shown(part)}")
+                elif len(above) == _DEEPEST or any(part is one for one in (node, *above)):
+                    self.note("error", _line(key), "<< goes round in a circle, or too deep")
+                else:
+                    yield from reversed(tuple(self.own(part)))
+                    yield from self.merged(part, (node, *above))
+
+    def holds_anchor(self, key, value) -> bool:
+        """Whether what a key has is there for aliases elsewhere: some node in it, not itself an alias, is one of theirs."""
+        todo, seen = [value], set()
+        while todo:
+            node = todo.pop()
+            if id(node) in seen or node.start_mark.index < key.start_mark.index:  # an alias: its node stands farther up
+                continue
+            if id(node) in self.shared:
+                return True
+            seen.add(id(node))
+            kind = _kind(node)
+            todo += [part for pair in node.value for part in pair] if kind == "mapping" else \
+                node.value if kind == "sequence" else []
+        return False
 
     def unknown(self, name: str, line: int, known: Sequence[str], what: str) -> None:
         close = difflib.get_close_matches(name, sorted(_PARAMETERS), n=1, cutoff=0.8) if "parameters" in known else []
@@ -117,18 +200,6 @@ class _Reader:
         else:
             todo = f"Did you mean {close[0]!r}? It belongs under `parameters:`." if close else nearest(name, known)
         self.note("warning", line, f"mergekit knows no {name!r} in {what} and drops it without a word. {todo}")
-
-    def pairs(self, node) -> Iterator[tuple]:
-        for key, value in node.value:
-            self.nodes += 1
-            if self.nodes > MAX_NODES:
-                raise _Full
-            if key.tag == "tag:yaml.org,2002:merge":
-                for part in value.value if _kind(value) == "sequence" else [value]:
-                    if _kind(part) == "mapping" and part is not node:
-                        yield from self.pairs(part)
-            else:
-                yield key, value
 
     def items(self, node, what: str) -> list:
         if _kind(node) != "sequence":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
-from fusion.card import as_text
+from fusion.card import as_text, front_matter
 from fusion.pairwise.recipe import FuseRecipe
+from fusion.sources import hub_ids
 from fusion.version import VERSION
 
 _KINDS = ("1-1", "1-n", "n-1", "-")
@@ -19,8 +19,7 @@ def target_card(recipe: FuseRecipe, target: str, sources: Sequence[str], statist
     `statistics` as `fused targets` leaves them, `curve` the training history. Names from elsewhere are written as text.
     """
     return "\n".join([
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "base_model:", f"- {json.dumps(_name(recipe.pivot))}",
-        "base_model_relation: finetune", "tags:", "- fusechat", "- distillation", "---", "",
+        *front_matter(hub_ids(recipe.pivot), "finetune", ("fusechat", "distillation")), "",
         f"# {as_text(target)}", "", *_making(recipe, sources), "",
         "## Alignment", "", *alignment_table({target: statistics}), "", "## Training", "", *training_table({target: curve}), "",
         f"Made with FuseChat Studio {VERSION}; `fuse_recipe.yaml` of its run makes it again.", ""])
