@@ -20,7 +20,7 @@ LEVELS = (  # from the roof down: a module imports lower rows, and in its own ro
     ("preflight", "variation", "inspection", "writer"),
     ("dtypes", "compiled", "maps", "header", "journal", "shards", "anatomy", "files", "quantised", "checkpoint", "digest", "blocks",
      "view", "pickles", "adapter_settings", "adapters", "hub", "sources", "loading", "tables", "documents", "endpoint", "methods",
-     "align", "tokens", "vocabulary"),
+     "align", "tokens", "vocabulary", "template"),
     ("caching", "errors", "progress", "threads", "version"),
 )
 RANK = {module: (-row, column) for row, modules in enumerate(LEVELS) for column, module in enumerate(modules)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fusion.errors import CheckpointError, RecipeError
@@ -23,17 +23,30 @@ _FILES = (".json", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One checked dialogue: `turns` of (user text, assistant text), an optional `system` prompt, where it came from."""
+    """One checked dialogue: `turns` of (user text, assistant text), an optional `system` prompt, where it came from.
+
+    `unlearnt`: the numbers of turns whose reply is read, but not learnt.
+    """
 
     turns: tuple[tuple[str, str], ...]
     system: str = ""
     origin: str = ""
+    unlearnt: tuple[int, ...] = ()
 
-    def messages(self) -> list[dict[str, str]]:
-        """The dialogue as chat templates read it."""
+    @property
+    def learnt(self) -> list[int]:
+        """The numbers of turns whose reply is learnt."""
+        return [turn for turn in range(len(self.turns)) if turn not in self.unlearnt]
+
+    def without(self, turns: Iterable[int]) -> Dialogue:
+        """The same dialogue, in which these replies too are only read."""
+        return replace(self, unlearnt=tuple(sorted({*self.unlearnt, *turns})))
+
+    def messages(self, instead: Mapping[int, str] | None = None) -> list[dict[str, str]]:
+        """The dialogue as chat templates read it; `instead`: turn → what stands in place of its reply."""
         start = [{"role": "system", "content": self.system}] if self.system else []
-        return start + [{"role": role, "content": text} for turn in self.turns
-                        for role, text in zip(("user", "assistant"), turn, strict=True)]
+        return start + [{"role": role, "content": text} for turn, (asked, answer) in enumerate(self.turns)
+                        for role, text in (("user", asked), ("assistant", (instead or {}).get(turn, answer)))]
 
 
 @dataclass
@@ -124,7 +137,7 @@ def split_long(dialogues: Iterable[Dialogue], length: Callable[[Dialogue], int],
         if length(dialogue) <= max_tokens:
             parts.append(dialogue)
             continue
-        found = list(_parts(dialogue, length, max_tokens))
+        found = [part for part in _parts(dialogue, length, max_tokens) if part.learnt]
         if report is not None and len(found) > 1:
             report.note(f"longer than {max_tokens} tokens (split before a user turn)", dialogue.origin)
         if report is not None and any(length(part) > max_tokens for part in found):
@@ -144,7 +157,8 @@ def _parts(dialogue: Dialogue, length: Callable[[Dialogue], int], max_tokens: in
 
 
 def _cut(dialogue: Dialogue, begin: int, end: int) -> Dialogue:
-    return Dialogue(dialogue.turns[begin:end], dialogue.system, f"{dialogue.origin} turns {begin + 1}–{end}")
+    unlearnt = tuple(turn - begin for turn in dialogue.unlearnt if begin <= turn < end)
+    return Dialogue(dialogue.turns[begin:end], dialogue.system, f"{dialogue.origin} turns {begin + 1}–{end}", unlearnt)
 
 
 def _messages(record: object) -> list[tuple[str | None, str]] | None:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fusion.checkpoint import Checkpoint
 from fusion.distill.dialogues import Dialogue
 from fusion.distill.encoding import Encoded, Encoder
 from fusion.distill.store import Rows, Store, data_digest
@@ -41,7 +42,7 @@ class LoadedTeacher:
 
     def __init__(self, model, tokenizer, mark: str = "", *, template: str | None = None, max_tokens: int | None = None):
         self.model, self.mark, self.device = model, mark, model.device
-        self.encoder = Encoder(tokenizer, template, max_tokens or context_of(model.config))
+        self.encoder = Encoder(tokenizer, template, limit_of(model.config, max_tokens))
 
     def rows(self, batch: Sequence[Encoded], top_k: int) -> list[Rows]:
         """See Teacher; padding stands on the right, where attention never looks."""
@@ -91,11 +92,26 @@ def _top(logits, encoded: Encoded, top_k: int) -> Rows:
 def context_of(config) -> int | None:
     """How many tokens a model can read, from its config; None when it does not say."""
     text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def limit_of(config, max_tokens: int | None = None) -> int | None:
+    """How many tokens of a dialogue a model is shown: `max_tokens`, but never more than it can read; None without either."""
+    return min((limit for limit in (max_tokens, context_of(config)) if limit), default=None)
+
+
+def limit_in(checkpoint: Checkpoint, max_tokens: int | None = None) -> int | None:
+    """The same of a checkpoint that is not loaded; of a kind of model that transformers does not know, `max_tokens`."""
+    from transformers import AutoConfig
+
+    try:
+        return limit_of(AutoConfig.for_model(**checkpoint.config), max_tokens)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return max_tokens
 
 
 def prepare(teacher: Teacher, dialogues: Sequence[Dialogue], folder: str | os.PathLike, *, top_k: int = 10,
@@ -103,6 +119,7 @@ def prepare(teacher: Teacher, dialogues: Sequence[Dialogue], folder: str | os.Pa
     """Make the store of a teacher's distributions, or open it where it was begun; CheckpointError when it is another's."""
     sizes = [min(shard_dialogues, len(dialogues) - start) for start in range(0, len(dialogues), shard_dialogues)]
     texts = [message["content"] for dialogue in dialogues for message in dialogue.messages()]
+    texts += [f"{number} {dialogue.unlearnt}" for number, dialogue in enumerate(dialogues) if dialogue.unlearnt]
     return Store(folder, {"teacher": teacher.mark, "data": data_digest(texts), "top_k": top_k,
                           "template": teacher.encoder.template, "max_tokens": teacher.encoder.max_tokens}, sizes)
 

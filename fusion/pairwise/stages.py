@@ -15,16 +15,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fusion.checkpoint import Checkpoint
-from fusion.distill.dialogues import Dialogue, Report, load, split_long
+from fusion.distill.dialogues import Dialogue
 from fusion.distill.encoding import PLAIN, Encoder
 from fusion.distill.fused import STATISTICS_FILE, FusedData, Knower, build
 from fusion.distill.server import ServerTeacher, load_tokenizer
 from fusion.distill.store import PLAN_FILE, Store, write_whole
-from fusion.distill.teacher import LocalTeacher, Teacher, prepare, represent
+from fusion.distill.teacher import LocalTeacher, Teacher, limit_in, prepare, represent
 from fusion.errors import FusionError, MismatchError
 from fusion.loading import stored_as_read, tokenizer_of
 from fusion.merge import merge
 from fusion.pairwise.cards import run_card, target_card
+from fusion.pairwise.data import prepare_dialogues, stored_dialogues
 from fusion.pairwise.place import Place, claim
 from fusion.pairwise.recipe import FuseRecipe
 from fusion.progress import Progress, Work
@@ -151,7 +152,7 @@ def encoder_of(source: str, recipe: FuseRecipe, name: str = "") -> Encoder:
     if name in recipe.servers:
         return Encoder(load_tokenizer(source), template_of(recipe), recipe.max_tokens)
     with closing(open_checkpoint(source)) as checkpoint:
-        return Encoder(tokenizer_of(checkpoint), template_of(recipe), recipe.max_tokens)
+        return Encoder(tokenizer_of(checkpoint), template_of(recipe), limit_in(checkpoint, recipe.max_tokens))
 
 
 def template_of(recipe: FuseRecipe) -> str | None:
@@ -163,43 +164,9 @@ def _data(recipe: FuseRecipe, place: Place, encoders: dict[str, Encoder], crew: 
     """Read, split and check the dialogues once; every model must be able to show each of them as it is."""
     if crew.first and not (place.dialogues.exists() and place.report.exists()):
         yield Progress(Stage("data", recipe.data).title, note=recipe.data)
-        dialogues, report = load(recipe.data, limit=recipe.limit or None)
-        dialogues = split_long(dialogues, lambda dialogue: max(encoder.length(dialogue) for encoder in encoders.values()),
-                               recipe.max_tokens, report)
-        kept = [dialogue for dialogue in dialogues if _shown(dialogue, encoders, report)]
-        if not kept:
-            raise MismatchError("no dialogue can be shown to every model", where=recipe.data, todo=str(report))
-        records = [json.dumps({"origin": d.origin, "messages": d.messages()}, ensure_ascii=False) for d in kept]
-        write_whole(place.report, json.dumps({**report.to_dict(), "used": len(kept)}, indent=1).encode())
-        write_whole(place.dialogues, ("\n".join(records) + "\n").encode("utf-8", "replace"))
+        prepare_dialogues(recipe, place, encoders)
     crew.wait()
     return stored_dialogues(place.dialogues), json.loads(place.report.read_text(encoding="utf-8"))
-
-
-def stored_dialogues(file: Path) -> list[Dialogue]:
-    """The dialogues of a run as the data stage kept them."""
-    dialogues = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        messages = record["messages"]
-        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
-        texts = [message["content"] for message in messages]
-        dialogues.append(Dialogue(tuple(zip(texts[::2], texts[1::2], strict=True)), system, record["origin"]))
-    return dialogues
-
-
-def _shown(dialogue: Dialogue, encoders: dict[str, Encoder], report: Report) -> bool:
-    for name, encoder in encoders.items():
-        try:
-            encoded = encoder.encode(dialogue)
-            encoder.check(dialogue, encoded)
-        except MismatchError as error:
-            report.note(f"{name}: {error.found}"[:120], dialogue.origin)
-            return False
-        if not len(encoded.labels):
-            report.note(f"{name}: nothing of the reply fits into the tokens allowed", dialogue.origin)
-            return False
-    return True
 
 
 def _distributions(name: str, source: str, recipe: FuseRecipe, place: Place, dialogues: Sequence[Dialogue],
