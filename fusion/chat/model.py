@@ -10,10 +10,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from fusion.chat.ending import turn_end
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError
 from fusion.loading import build_model, load_model, tokenizer_in, tokenizer_of
 
+_LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
+_FRAMING = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
 VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json", "*.tiktoken")
 
 
@@ -38,9 +41,13 @@ class ChatModel:
             return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the token ids without special tokens."""
+        """Text of the token ids as the model wrote it: without the marks that frame every text, with all others.
+
+        Marks of thoughts and channels are special tokens in many vocabularies.
+        """
+        framing = {getattr(self.tokenizer, f"{name}_token_id", None) for name in _FRAMING}
         with self._tokenizing:
-            return self.tokenizer.decode(ids, skip_special_tokens=True)
+            return self.tokenizer.decode([i for i in ids if i not in framing], skip_special_tokens=False)
 
 
 def load(model: Checkpoint | str | Path, name: str | None = None) -> ChatModel:
@@ -86,7 +93,7 @@ def from_parts(model: Any, tokenizer: Any, name: str) -> ChatModel:
 
     config = model.config.get_text_config()
     # Rotary models state the length in the config; 0 or a missing value means that nothing limits it.
-    context = getattr(config, "max_position_embeddings", None) or None
+    context = next((length for name in _LENGTHS if (length := getattr(config, name, None))), None)
     stop_ids = _stop_ids(model, tokenizer, config)
     # A checkpoint's generation config may bring top_k, repetition_penalty, suppressed tokens …, and `generate` takes
     # every option that is left at None from it. Compared models must sample alike: only an empty one may stand here.
@@ -111,23 +118,10 @@ def _check_vocabulary(checkpoint: Checkpoint) -> None:
 
 def _stop_ids(model: Any, tokenizer: Any, config: Any) -> frozenset[int]:
     """The union of all marks that may end an answer, since the parts of a merge often disagree about them."""
-    named = (tokenizer.eos_token_id, config.eos_token_id, getattr(model.generation_config, "eos_token_id", None),
-             _turn_end(tokenizer))
+    configs = (config, model.config, model.generation_config)  # those of models that see name it outside of the text's
+    named = (tokenizer.eos_token_id, turn_end(tokenizer), *(getattr(its, "eos_token_id", None) for its in configs))
     ids = {i for value in named for i in (value if isinstance(value, list | tuple) else (value,))}
     return frozenset(i for i in ids if isinstance(i, int) and 0 <= i < config.vocab_size)
-
-
-def _turn_end(tokenizer: Any) -> int | None:
-    """The special token that the chat template sets right after an assistant's words, if there is one."""
-    mark = "answer-ends-here"
-    try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}], tokenize=False)
-    except Exception:  # no template, or one that cannot be rendered: `render` says so when it is used
-        return None
-    _, found, rest = text.rpartition(mark)
-    ids = tokenizer(rest.strip(), add_special_tokens=False)["input_ids"] if found else []
-    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
 def _nbytes(model: Any) -> int:

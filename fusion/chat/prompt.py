@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fusion.chat.ending import TextEnd, text_end
 from fusion.chat.model import ChatModel
+from fusion.chat.template import template_of
+from fusion.chat.thoughts import spoken
 from fusion.errors import CheckpointError, RecipeError
 
 Messages = Sequence[Mapping[str, str]]  # {"role": "user" | "assistant", "content": text}, oldest first
@@ -16,12 +19,16 @@ NO_SYSTEM = "This model's template has no place for a system prompt: it stands i
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model reads: the rendered text, its token ids, the room for an answer in tokens, remarks for people."""
+    """What a model reads: the rendered text, its token ids, the room for an answer in tokens, remarks for people.
+
+    `end` finds the next speaker's label in an answer, where no token ends one.
+    """
 
     text: str
     ids: tuple[int, ...]
     room: int
     notes: tuple[str, ...] = ()
+    end: TextEnd | None = None
 
 
 def render(chat_model: ChatModel, messages: Messages, system: str = "") -> str:
@@ -52,7 +59,7 @@ def fit(chat_model: ChatModel, messages: Messages, system: str, max_new_tokens: 
                           where=chat_model.name, todo="Shorten the message or the system prompt.")
     turns = "The oldest turn was" if dropped == 1 else f"The oldest {dropped} turns were"
     said = f"{turns} left out to fit into {context:,} tokens." if dropped else ""
-    return Prompt(text, tuple(ids), room, tuple(n for n in (note, said) if n))
+    return Prompt(text, tuple(ids), room, tuple(n for n in (note, said) if n), text_end(chat_model.tokenizer))
 
 
 def _without_oldest_turn(messages: Messages) -> list[Mapping[str, str]]:
@@ -64,8 +71,8 @@ def _without_oldest_turn(messages: Messages) -> list[Mapping[str, str]]:
 def _render(chat_model: ChatModel, messages: Messages, system: str) -> tuple[str, str]:
     """The rendered text and a remark about it, or an empty remark."""
     system, messages = system.strip(), [dict(message) for message in messages]
-    if not chat_model.tokenizer.chat_template:
-        lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+    if template_of(chat_model.tokenizer) is None:
+        lines = [f"{message['role'].capitalize()}: {spoken(message['content']).strip()}" for message in messages]
         return "\n".join([*([f"{system}\n"] if system else []), *lines, "Assistant:"]), NO_TEMPLATE
     if not system:
         return _template(chat_model, messages), ""
@@ -81,7 +88,7 @@ def _render(chat_model: ChatModel, messages: Messages, system: str) -> tuple[str
 
 def _template(chat_model: ChatModel, messages: Messages) -> str:
     try:
-        return chat_model.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return template_of(chat_model.tokenizer).render(messages)
     except Exception as error:  # a template is a foreign program (in a sandbox): anything may be raised
         raise CheckpointError(f"The chat template cannot be rendered ({str(error)[:200]})", where=chat_model.name,
                               todo="Repair chat_template in the tokenizer's files.") from error

@@ -18,6 +18,7 @@ from typing import Any
 from fusion.chat.model import ChatModel
 from fusion.chat.prompt import Messages, Prompt, fit
 from fusion.chat.sampling import Sampling, processors
+from fusion.chat.thoughts import Part, split, spoken
 from fusion.errors import FusionError, ResourceError
 
 FLUSH_S = 0.06  # about 16 pictures a second
@@ -53,6 +54,16 @@ class Reply:
     prompt: str = ""
     notes: tuple[str, ...] = ()
     status: str = LOADING
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Thoughts and words for the person, in order."""
+        return split(self.text, self.prompt)
+
+    @property
+    def spoken(self) -> str:
+        """The text without thoughts: all that later questions tell the model about."""
+        return spoken(self.text, self.prompt)
 
     @property
     def tokens_per_s(self) -> float:
@@ -131,7 +142,7 @@ def _answer(chat_model: ChatModel, messages: Messages, sampling: Sampling, stop:
             input_ids=ids, attention_mask=torch.ones_like(ids), streamer=writer, use_cache=True,
             do_sample=False, num_beams=1, max_new_tokens=prompt.room, pad_token_id=pad,
             eos_token_id=sorted(chat_model.stop_ids) or None, logits_processor=processors(sampling),
-            stopping_criteria=[lambda ids, scores, **_: torch.full((len(ids),), stop.is_set(), device=ids.device)])
+            stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), stop.is_set() or writer.ended, device=ids.device)])
     writer.finish(prompt.room < sampling.max_new_tokens)
 
 
@@ -140,6 +151,7 @@ class _Writer:
 
     def __init__(self, report: Callable[[Reply], None]):
         self.report, self.reply = report, Reply()
+        self.ended = False  # by the label of the next speaker
 
     def begin(self, chat_model: ChatModel, prompt: Prompt) -> None:
         self.chat_model, self.prompt, self.ids, self.prompt_seen = chat_model, prompt, [], False
@@ -153,6 +165,7 @@ class _Writer:
             self.prompt_seen = True
             return
         self.ids.extend(value.flatten().tolist())
+        self.ended = self.prompt.end is not None and self.prompt.end.reached(self.chat_model.decode, self.ids)
         if len(self.ids) == 1 or time.perf_counter() - self.flushed >= FLUSH_S:
             self.report(self._updated(status=WRITING))
             self.flushed = time.perf_counter()
@@ -163,7 +176,7 @@ class _Writer:
     def finish(self, cramped: bool) -> None:
         """Report the end; `cramped` says that the context left less room than was asked for."""
         how = "stopped"
-        if self.ids and self.ids[-1] in self.chat_model.stop_ids:
+        if self.ended or (self.ids and self.ids[-1] in self.chat_model.stop_ids):
             how = "stop"
         elif len(self.ids) >= self.prompt.room:
             how = "length"
@@ -175,10 +188,12 @@ class _Writer:
     def fail(self, message: str) -> None:
         self.report(replace(self.reply, finish="error", error=message, status=""))
 
-    def _updated(self, **changes: Any) -> Reply:
-        """The reply with all tokens so far, stop marks apart, and without the half of a character at its end."""
+    def _updated(self, finish: str = "", **changes: Any) -> Reply:
+        """The reply with all tokens so far, without stop marks, another speaker's turn and the half of a character."""
         words = [i for i in self.ids if i not in self.chat_model.stop_ids]
         text = self.chat_model.decode(words).rstrip("\ufffd")
+        if self.prompt.end is not None:
+            text = self.prompt.end.whole(text, finish) if finish else self.prompt.end.safe(text)
         seconds = time.perf_counter() - self.started
-        self.reply = replace(self.reply, text=text, tokens=len(words), seconds=seconds, **changes)
+        self.reply = replace(self.reply, text=text, tokens=len(words), seconds=seconds, finish=finish, **changes)
         return self.reply

@@ -5,12 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fusion.chat import ChatModel, Prompt, Sampling, fit
+from fusion.chat.ending import TextEnd
 from fusion.chat.prompt import Messages
 from fusion.chat.sampling import processors
+from fusion.chat.thoughts import spoken, thought
 from fusion.errors import RecipeError
 from fusion.progress import Meter, Work
+
+if TYPE_CHECKING:
+    import torch
 
 BATCH_ROWS = 32  # more is hardly faster, and work can be stopped only between batches
 BATCH_TOKENS = 32_768  # prompt and answer together: what the attention cache of one batch holds
@@ -19,11 +25,15 @@ SMALL_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Answer:
-    """One reply: its text, its length in tokens, and how it ended: "stop", "length" (cut off) or "unread" (prompt too long)."""
+    """One reply: its text, its length in tokens, and how it ended: "stop", "length" (cut off) or "unread" (prompt too long).
+
+    What the model thought before it spoke stands in `thought`, apart from the text that is judged.
+    """
 
     text: str
     tokens: int
     finish: str
+    thought: str = ""
 
     @property
     def truncated(self) -> bool:
@@ -83,14 +93,28 @@ def _generate(model: ChatModel, prompts: list[Prompt], sampling: Sampling) -> li
         made = model.model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=True, do_sample=False, num_beams=1,
             max_new_tokens=prompts[0].room, pad_token_id=pad, eos_token_id=sorted(model.stop_ids) or None,
-            logits_processor=processors(sampling))
-    return [_ended(model, row) for row in made[:, longest:].tolist()]
+            logits_processor=processors(sampling),
+            stopping_criteria=[_labels(model, prompts[0].end, longest)] if prompts[0].end else [])
+    return [_ended(model, prompt, row) for prompt, row in zip(prompts, made[:, longest:].tolist(), strict=True)]
 
 
-def _ended(model: ChatModel, ids: list[int]) -> Answer:
+def _labels(model: ChatModel, end: TextEnd, longest: int) -> Callable[..., torch.Tensor]:
+    """Which rows have gone on to the next speaker's label, for models that no token stops."""
+    import torch
+
+    def reached(ids: torch.Tensor, *_, **__) -> torch.Tensor:
+        return torch.tensor([end.reached(model.decode, row) for row in ids[:, longest:].tolist()], device=ids.device)
+    return reached
+
+
+def _ended(model: ChatModel, prompt: Prompt, ids: list[int]) -> Answer:
     end = next((place for place, token in enumerate(ids) if token in model.stop_ids), None)
-    words = ids[:end]
-    return Answer(model.decode(words).rstrip("\ufffd"), len(words), "length" if end is None else "stop")
+    words, finish = ids[:end], "length" if end is None else "stop"
+    text = model.decode(words).rstrip("\ufffd")
+    if prompt.end is not None:
+        finish = finish if prompt.end.place(text) is None else "stop"
+        text = prompt.end.whole(text, finish)
+    return Answer(spoken(text, prompt.text), len(words), finish, thought(text, prompt.text))
 
 
 @contextlib.contextmanager

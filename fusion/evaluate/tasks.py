@@ -57,7 +57,8 @@ def measure(models: Models, questions: Sequence[Question],
         for i, (question, reply) in enumerate(zip(questions, given, strict=True)):
             right[row, i], truncated[row, i] = question.check(reply.text), reply.truncated
             records.append({"model": name, "domain": question.domain, "prompt": question.prompt, "reply": reply.text,
-                            "right": bool(right[row, i]), "finish": reply.finish, "tokens": reply.tokens})
+                            "right": bool(right[row, i]), "finish": reply.finish, "tokens": reply.tokens,
+                            **({"thought": reply.thought} if reply.thought else {})})
     scores = Scores("Right answers to held-out prompts", tuple(models), tuple(str(i) for i in range(len(questions))),
                     tuple(question.domain for question in questions), right, truncated, right_or_wrong=True, unit="%", scale=100)
     return scores, records
