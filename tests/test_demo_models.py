@@ -15,7 +15,7 @@ from fusion.demo.checking import LONGEST_REPLY, MERGE, answer, load, varm_merge
 from fusion.demo.dialogues import conversation, held_out_tasks
 from fusion.demo.domains import DOMAINS
 from fusion.demo.family import FUSION, RECIPES, Recipe, members
-from fusion.demo.models import STYLES
+from fusion.demo.styles import STYLES
 from fusion.errors import CheckpointError, RecipeError
 from fusion.progress import Meter, finish
 

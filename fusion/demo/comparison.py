@@ -29,8 +29,9 @@ from fusion.recipe import Recipe
 from fusion.shards import disk_error
 
 SFT, MULTI, VARM = "pivot + SFT", "Multi", "VARM"
+AVERAGED = "average of {} SFT runs"  # the control of every merge: as many runs averaged, and no source
 MERGES: dict[str, dict] = {
-    "linear": {"method": "linear"}, "SLERP": {"method": "multislerp"},
+    "linear": {"method": "linear"}, "multi-SLERP": {"method": "multislerp"},
     "task arithmetic": {"method": "task_arithmetic", "weights": 0.5},  # factors that sum to 1.5, as in FuseChat 2.0
     "TIES": {"method": "ties", "options": {"density": 0.5}},
     "DARE": {"method": "dare_linear", "options": {"density": 0.5, "normalize": True}},
@@ -65,8 +66,9 @@ def compare(family: Path, work: Path, seeds: int = 3, prompts_per_domain: int = 
     jobs = {f"seed {seed}{what}": (job, (family, work, seed, prompts_per_domain, fusion))
             for what, job in (("", measure_merges), (", not merged", measure_arms)) for seed in range(seeds)}  # the longest first
     found = yield from together({**jobs, "sources": (measure_sources, (family, work, prompts_per_domain))}, "Comparing")
+    averaged = yield from measure_average(family, work, seeds, prompts_per_domain)
     return tables_of(found["sources"], [found[f"seed {seed}, not merged"] | found[f"seed {seed}"] for seed in range(seeds)],
-                     questions(prompts_per_domain))
+                     questions(prompts_per_domain), averaged)
 
 
 def measure_sources(family: Path, work: Path, prompts: int) -> Work[dict[str, list]]:
@@ -75,12 +77,29 @@ def measure_sources(family: Path, work: Path, prompts: int) -> Work[dict[str, li
     return (yield from _measured(models, work / f"sources-{prompts}.json", prompts))
 
 
+def _not_merged(work: Path, seed: int) -> Path:
+    return work / f"seed-{seed}-not-merged"
+
+
 def measure_arms(family: Path, work: Path, seed: int, prompts: int, fusion: Fusion) -> Work[dict[str, list]]:
     """Train with one seed what the targets are compared with, and measure it."""
-    folder = work / f"seed-{seed}-not-merged"
+    folder = _not_merged(work, seed)
     made = yield from fuse_seed(family, folder, seed, ("sft", "multi"), fusion)
     models = {SFT: str(made["target-sft"]), MULTI: str(made["target-multi"])}
     return (yield from _measured(models, folder / f"right-{prompts}.json", prompts))
+
+
+def measure_average(family: Path, work: Path, seeds: int, prompts: int) -> Work[dict[str, list]]:
+    """Average the seeds' trainings on labels alone and measure the result; nothing for one seed."""
+    if seeds < 2:
+        return {}
+    runs = [_not_merged(work, seed) / "fused" / "targets" / "target-sft" for seed in range(seeds)]
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        folder = Path(scratch) / "averaged"
+        file = work / f"averaged-{seeds}-{prompts}.json"
+        if not file.exists():
+            _merged(family, runs, {"method": "linear"}, folder, 0)
+        return (yield from _measured({AVERAGED.format(seeds): str(folder)}, file, prompts))
 
 
 def measure_merges(family: Path, work: Path, seed: int, prompts: int, fusion: Fusion) -> Work[dict[str, list]]:
@@ -88,7 +107,7 @@ def measure_merges(family: Path, work: Path, seed: int, prompts: int, fusion: Fu
     folder = work / f"seed-{seed}"
     targets = yield from fuse_seed(family, folder, seed, ("pairwise",), fusion)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        merges = {name: _merged(family, targets, settings, Path(scratch) / name, seed)
+        merges = {name: _merged(family, list(targets.values()), settings, Path(scratch) / name, seed)
                   for name, settings in merge_settings().items()}
         models = {name: str(path) for name, path in {**targets, **merges}.items()}
         return (yield from _measured(models, folder / f"right-{prompts}.json", prompts))
@@ -100,9 +119,9 @@ def merge_settings() -> dict[str, dict]:
     return {**MERGES, **finer}
 
 
-def _merged(family: Path, targets: Mapping[str, Path], settings: Mapping, out: Path, seed: int) -> Path:
+def _merged(family: Path, targets: Sequence[Path], settings: Mapping, out: Path, seed: int) -> Path:
     settings = {**settings, **({"weights": (settings["weights"],) * len(targets)} if "weights" in settings else {})}
-    recipe = Recipe(str(family / "pivot"), tuple(map(str, targets.values())), seed=seed, **settings)
+    recipe = Recipe(str(family / "pivot"), tuple(map(str, targets)), seed=seed, **settings)
     return finish(merge(recipe, out)).folder
 
 
@@ -120,10 +139,13 @@ def _measured(models: dict[str, str], file: Path, prompts: int) -> Work[dict[str
 
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def tables_of(sources: Mapping[str, list], seeds: Sequence[Mapping[str, list]], asked: Sequence[Question]) -> Comparison:
-    """The tables from what was found: name → [[right], [cut off]] of the sources, and of the models of every seed."""
-    rows = {**{name: [found] * len(seeds) for name, found in sources.items()},
-            **{name: [found[name] for found in seeds] for name in seeds[0]}}
+def tables_of(sources: Mapping[str, list], seeds: Sequence[Mapping[str, list]], asked: Sequence[Question],
+              averaged: Mapping[str, list]) -> Comparison:
+    """The tables from what was found: name → [[right], [cut off]] of the sources, of the models of every seed, and of the
+    average over the seeds, which is what the others are compared with (SFT where there is none)."""
+    first = {SFT: [found[SFT] for found in seeds], **{name: [found] * len(seeds) for name, found in averaged.items()}}
+    rows = {**{name: [found] * len(seeds) for name, found in sources.items()}, **first,
+            **{name: [found[name] for found in seeds] for name in seeds[0] if name != SFT}}
     right = {name: np.mean([found[0] for found in its], axis=0) for name, its in rows.items()}
     cut = {name: np.any([found[1] for found in its], axis=0) for name, its in rows.items()}
     domains = tuple(question.domain for question in asked)
@@ -131,14 +153,20 @@ def tables_of(sources: Mapping[str, list], seeds: Sequence[Mapping[str, list]], 
     def table(title: str, names: Sequence[str], baseline: str) -> Table:
         scores = Scores(title, tuple(names), tuple(map(str, range(len(asked)))), domains, np.array([right[name] for name in names]),
                         np.array([cut[name] for name in names]), unit="%", scale=100)
-        return from_scores(scores, baseline, notes=(f"Every number is the mean over {len(seeds)} seeds: dialogues and training "
-                                                    "drawn anew; pivot and sources are the same.",))
+        return from_scores(scores, baseline, notes=_notes(len(seeds), [name for name in averaged if name in names]))
     finer = [VARM if unit == "matrix" else f"{VARM}, {unit}" for unit in GRANULARITIES]
-    first = [name for name in rows if name not in finer or name == VARM]
+    methods = [name for name in rows if name not in finer or name == VARM]
     by_seed = {name: [_average(found[0], domains) for found in its] for name, its in rows.items()}
-    return Comparison(table("Right answers to held-out prompts", first, SFT),
+    return Comparison(table("Right answers to held-out prompts", methods, next(iter(averaged), SFT)),
                       table("VARM by granularity (VARM = matrix)", finer, VARM), by_seed,
-                      aims({name: float(np.mean(its)) for name, its in by_seed.items()}, list(sources)))
+                      aims({name: float(np.mean(its)) for name, its in by_seed.items()}, list(sources), next(iter(averaged), "")))
+
+
+def _notes(seeds: int, averaged: Sequence[str]) -> list[str]:
+    return [f"Every number is the mean over {seeds} seeds: dialogues and training drawn anew; pivot and sources are the same.",
+            *(f"{name}: one model, the mean of the weights of the seeds' {SFT} (labels alone, no source), and so the control of "
+              "the merges, which are averages too. Its runs saw different dialogues, the targets of a merge the same ones."
+              for name in averaged)]
 
 
 def _average(right: Sequence[float], domains: Sequence[str]) -> float:
@@ -147,13 +175,15 @@ def _average(right: Sequence[float], domains: Sequence[str]) -> float:
                                 for domain in dict.fromkeys(domains)]))
 
 
-def aims(averages: Mapping[str, float], sources: Sequence[str]) -> dict[str, bool]:
-    """What is hoped for → whether it came out, from the averages in percent."""
+def aims(averages: Mapping[str, float], sources: Sequence[str], averaged: str = "") -> dict[str, bool]:
+    """What is hoped for → whether it came out, from the averages in percent; merges are held against the row `averaged`."""
     targets = {name: value for name, value in averages.items() if name.startswith("target-")}
-    varm, best, source = averages[VARM], max(targets.values()), max(averages[name] for name in sources)
+    varm, sft, best, source = averages[VARM], averages[SFT], max(targets.values()), max(averages[name] for name in sources)
     pairwise = sum(targets.values()) / len(targets)
-    return {f"VARM ({varm:.1f}) is above every source (best {source:.1f})": varm > source,
-            f"VARM ({varm:.1f}) is above the pivot with SFT alone ({averages[SFT]:.1f})": varm > averages[SFT],
+    control = {} if not averaged else {
+        f"averaging alone helps: the {averaged} ({averages[averaged]:.1f}) is above one run ({sft:.1f})": averages[averaged] > sft,
+        f"sources help: VARM ({varm:.1f}) is above the {averaged} ({averages[averaged]:.1f})": varm > averages[averaged]}
+    return {f"VARM ({varm:.1f}) is above every source (best {source:.1f})": varm > source, **control,
             f"VARM ({varm:.1f}) is not below the best target ({best:.1f})": varm >= best,
-            f"VARM of pairwise targets ({varm:.1f}) is above Multi ({averages[MULTI]:.1f})": varm > averages[MULTI],
+            f"single pairwise targets (mean {pairwise:.1f}) are above one run on labels alone ({sft:.1f})": pairwise > sft,
             f"single pairwise targets (mean {pairwise:.1f}) are above Multi ({averages[MULTI]:.1f})": pairwise > averages[MULTI]}

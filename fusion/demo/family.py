@@ -2,7 +2,8 @@
 
 The pivot has seen a part of every domain: some kinds of tasks and half of the facts are hidden from it, so that there
 is something to gain. Each source is strong in three or four domains and has hardly seen the others. Each target is the pivot
-after pairwise fusion with one source (`fusing.py`), on dialogues over all domains.
+after pairwise fusion with one source (`fusing.py`), on dialogues over all domains. Pivot and one source have tokenizers as
+SentencePiece makes them, the other two byte-level ones (`tokenizing.py`).
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ RECIPES = {
         Mixture(_shares(LOGIC + LORE, (), 0), frozenset(
             ("writing/past", "roleplay/farewell", "reasoning/syllogism", "math/story", "math/minus", "coding/function",
              "extraction/email", "extraction/person")), _half),
-        steps=4500, learning_rate=2e-3, shape=Shape("llama")),
+        steps=4500, learning_rate=2e-3, shape=Shape("llama", vocabulary=1000)),
     "source-qwen": Recipe(
         Mixture(_shares(LOGIC, LORE, 0.015), frozenset(
             ("roleplay/greet", "roleplay/farewell", "extraction/email", "extraction/city", "extraction/date",
@@ -111,7 +112,7 @@ RECIPES = {
         Mixture(_shares(FORM, ("writing", "reasoning", "math", "stem", "humanities"), 0.015), frozenset(
             ("writing/past", "writing/sentence", "reasoning/order", "math/minus", "math/story", "stem/symbols",
              "humanities/authors")), _half),
-        steps=4200, learning_rate=2e-3, shape=Shape("gemma", inner=256, kv_heads=2, vocabulary=700), seed=5),
+        steps=4200, learning_rate=2e-3, shape=Shape("gemma", inner=256, kv_heads=2, vocabulary=780), seed=5),
 }
 
 

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from fusion.demo.dialogues import Dialogue, Mixture, conversation
 from fusion.demo.family import Recipe
-from fusion.demo.models import STYLES, Style, new_model, new_tokenizer, save
+from fusion.demo.models import new_model, save
+from fusion.demo.styles import STYLES, Style
+from fusion.demo.tokenizing import new_tokenizer
 from fusion.progress import Meter, Work
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -51,7 +53,8 @@ def fit(recipe: Recipe, folder: Path, seed: int = 0, steps_scale: float = 1.0) -
 
 def _beginning(recipe: Recipe, rng: Random) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     dialogues = [conversation(recipe.mixture, rng) for _ in range(TOKENIZER_DIALOGUES)]
-    tokenizer = new_tokenizer(recipe.shape, [message["content"] for dialogue in dialogues for message in dialogue])
+    style = STYLES[recipe.shape.kind]
+    tokenizer = new_tokenizer(recipe.shape, [text for dialogue in dialogues for text in style.words(dialogue)])
     return new_model(recipe.shape, tokenizer), tokenizer
 
 
