@@ -74,9 +74,9 @@ def compared(studio: Studio, one: str | None, other: str | None, now: Selection)
 def _compared(studio: Studio, one: str, other: str, now: Selection) -> Work[str]:
     in_memory, titles = {merge.key for merge in now.merges}, (studio.title(one), studio.title(other))
     if in_memory.isdisjoint((one, other)):
-        report = yield from compare(studio.entry(one).folder, studio.entry(other).folder)
+        report = yield from compare(studio.folder(one), studio.folder(other))
         return comparison_html(report, titles, lambda value: _plain(studio, value))
-    recipes = [(studio.merge_recipe(key),) if key in in_memory else recipe_of(studio.entry(key).folder) for key in (one, other)]
+    recipes = [(studio.merge_recipe(key),) if key in in_memory else recipe_of(studio.folder(key)) for key in (one, other)]
     if not all(recipes):
         raise RecipeError(f"{titles[recipes.index(())]} has no recipe, and the other one is in memory", where="Compare",
                           todo="Save the merge to compare its matrices.")
@@ -92,9 +92,7 @@ def _without_results(stages: tuple[Recipe, ...]) -> tuple[Recipe, ...]:
 
 def _plain(studio: Studio, text: str) -> str:
     """Folders by their titles; on a public page any other path by its last part."""
-    for entry in studio.entries():
-        for path in {str(entry.folder), str(entry.folder.resolve())}:
-            text = text.replace(path, entry.title)
+    text = studio.by_title(text)
     return Path(text).name if studio.public and text.startswith("/") else text
 
 

@@ -100,7 +100,7 @@ def reviewed(studio: Studio, key: str | None, now: Selection) -> Work[tuple[Revi
         raise RecipeError("no merge is picked", todo="Press Merge and try, or Save, and check the result here.")
     title = studio.title(key)
     if key.startswith("outputs/"):
-        folder = studio.entry(key).folder
+        folder = studio.folder(key)
         try:
             report = yield from review(folder, smoke=False)
         except FusionError as error:  # a stranger learns the title, not the path

@@ -39,6 +39,7 @@ from fusion.live import LiveMerge, LiveResult, chat_model
 from fusion.preflight import mergeable_names
 from fusion.progress import Work, finish
 from fusion.recipe import Slice, short_names
+from fusion.sources import written
 from fusion.tables import bytes_text
 from fusion.weights import matching
 
@@ -55,7 +56,7 @@ class Entry:
 
     key: str
     title: str
-    folder: Path
+    folder: Path  # absolute, so that no reader takes it for anything but a folder
     role: str = ""
 
 
@@ -145,18 +146,34 @@ class Studio:
     def checkpoint(self, key: str) -> Checkpoint:
         """Open the checkpoint of a key (headers only), called by its title."""
         entry = self.entry(key)
+        self.folder(key)
         try:
             return Checkpoint(entry.folder, entry.title)
         except CheckpointError as error:  # a stranger learns the title, not the path
             found = error.found.replace(str(entry.folder), entry.title)
             raise CheckpointError(found, where=entry.title, todo=error.todo) from error
 
+    def folder(self, key: str) -> Path:
+        """The folder of a key; CheckpointError when it was removed since it came into the menus."""
+        entry = self.entry(key)
+        if not entry.folder.is_dir():
+            raise CheckpointError("its folder was removed", where=entry.title, todo="Pick another model.")
+        return entry.folder
+
     def folder_name(self, key: str) -> str:
-        """A model's folder as recipes and commands name it."""
-        return shown_folder(self.entry(key).folder)
+        """A model's folder as recipes and commands name it, never to be taken for a model of the Hub."""
+        return written(shown_folder(self.folder(key)))
+
+    def by_title(self, text: str) -> str:
+        """A text with the folders of the catalogue called by their titles, however it writes them."""
+        ways = {way: entry.title for entry in self.entries() for way in _ways(entry.folder)}
+        for way in sorted(ways, key=len, reverse=True):  # a folder's name may begin another's
+            text = text.replace(way, ways[way])
+        return text
 
     def _add(self, entry: Entry) -> Entry:
         with self._lock:
+            entry = replace(entry, folder=Path(os.path.abspath(entry.folder)))
             titles = {other.title for other in self._entries.values() if other.key != entry.key}
             if entry.title in titles:
                 entry = replace(entry, title=entry.key)
@@ -184,7 +201,7 @@ class Studio:
         """The recipe that a selection and its settings mean, checked."""
         if not selection.pivot:
             raise RecipeError("no pivot is picked", todo="Pick one in Models.")
-        folders = [shown_folder(self.entry(key).folder) for key in (selection.pivot, *selection.targets)]
+        folders = [self.folder_name(key) for key in (selection.pivot, *selection.targets)]
         names = dict(zip(selection.targets, short_names(folders)[1:], strict=True))
         overrides = tuple(Override(tensor, {names[key]: weight for key, weight in given.items() if key in names})
                           for tensor, given in settings.given().items() if given.keys() & names.keys())
@@ -276,7 +293,7 @@ class Studio:
             loader, nbytes = partial(self._again, key), 0
         else:
             entry = self.entry(key)
-            loader, nbytes = partial(chat.load, entry.folder, entry.title), chat.expected_bytes(entry.folder)
+            loader, nbytes = partial(chat.load, self.folder(key), entry.title), chat.expected_bytes(entry.folder)
         with self.pool.lease(key, loader, nbytes) as model:
             yield model
 
@@ -324,6 +341,12 @@ def default_budget() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (ValueError, OSError, AttributeError):
         return 4_000_000_000
+
+
+def _ways(folder: Path) -> list[str]:
+    """How a folder is written in recipes and errors."""
+    shown = shown_folder(folder)
+    return [str(folder), str(folder.resolve()), *([shown, f"./{shown}"] if "/" in shown else [])]
 
 
 def shown_folder(folder: Path) -> str:

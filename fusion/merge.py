@@ -29,6 +29,7 @@ from fusion.errors import CheckpointError, RecipeError
 from fusion.plan import MergePlan
 from fusion.progress import Meter, Work
 from fusion.recipe import Recipe
+from fusion.sources import written
 from fusion.threads import THREADS
 from fusion.variation import TensorSums, Variation, gather, measure, sum_tensor
 from fusion.version import VERSION
@@ -205,7 +206,8 @@ def resolved(plan: MergePlan, computed: Computed) -> Work[Recipe]:
         if plan.recipe.revisions.get(label, revisions[label]) != revisions[label]:
             raise RecipeError("this is not the checkpoint the recipe was run on", where=label,
                               todo="Give the same checkpoint, or remove `revisions` from the recipe.")
-    return plan.recipe.explicit().with_(revisions=revisions, result={"engine": VERSION, "digest": computed.digest})
+    return plan.recipe.explicit().with_(pivot=written(plan.recipe.pivot), targets=tuple(map(written, plan.recipe.targets)),
+                                        revisions=revisions, result={"engine": VERSION, "digest": computed.digest})
 
 
 def check_unchanged(plan: MergePlan, stamps: Mapping[str, str]) -> None:

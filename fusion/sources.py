@@ -4,7 +4,8 @@
     open_checkpoint("org/name@v2")                 # from the Hub, at a branch, tag or commit
     open_checkpoint("assets/demo/pivot+my-lora")   # with an adapter in it, a folder or from the Hub too
 
-A folder that exists wins over every other reading, also one with a plus in its name.
+A folder that exists wins over every other reading, also one with a plus in its name. What looks like a folder is never looked up
+on the Hub: "./outputs/gone" nowhere, "outputs/gone" not where there is a folder called outputs. A revision tells the Hub.
 """
 
 from __future__ import annotations
@@ -44,10 +45,25 @@ def hub_ids(ref: str | os.PathLike) -> tuple[str, ...]:
 
 def _hub_id(text: str) -> tuple[str, ...]:
     if not os.path.isdir(text):
-        found = hub.parse(text)
+        found = hub_model(text)
         return (found[0],) if found else ()
     cached = _CACHED.fullmatch("/".join(Path(text).absolute().parts[-3:-1]))
     return (cached[1].replace("--", "/"),) if cached else ()
+
+
+def hub_model(text: str) -> tuple[str, str] | None:
+    """Name and revision where a reference without an adapter means a model of the Hub; None where it means a folder."""
+    if os.path.isdir(text) or ("@" not in text and os.path.isdir(text.split("/")[0])):
+        return None
+    return hub.parse(text)
+
+
+def written(ref: str) -> str:
+    """A reference as a recipe keeps it: on no machine its folders are taken for models of the Hub."""
+    parts = _split(ref)
+    if parts is not None:
+        return "+".join(map(written, parts))
+    return f"./{ref}" if os.path.isdir(ref) and hub.parse(ref) else ref
 
 
 def _open(text: str, name: str | None, weights: bool) -> Checkpoint:
@@ -56,9 +72,9 @@ def _open(text: str, name: str | None, weights: bool) -> Checkpoint:
         base = _open(parts[0], None, weights)
         folder, label, revision = _adapter(parts[1])
         return Adapted(base, folder, name or f"{base.name}+{label}", revision)
-    found = None if os.path.isdir(text) else hub.parse(text)
+    found = hub_model(text)
     if found is None:
-        return _open_folder(Path(text), name)
+        return _open_folder(text, name)
     if not weights:
         return hub.Remote(*found, name)
     folder, revision = hub.download(*found)
@@ -67,9 +83,9 @@ def _open(text: str, name: str | None, weights: bool) -> Checkpoint:
 
 def _adapter(text: str) -> tuple[Path, str, str]:
     """Folder, name and commit of an adapter."""
-    found = None if os.path.isdir(text) else hub.parse(text)
+    found = hub_model(text)
     if found is None:
-        return Path(text), Path(text).resolve().name, ""
+        return _folder(text, "Give the folder that holds adapter_config.json."), Path(text).resolve().name, ""
     folder, commit = hub.download(*found)
     return folder, found[0].split("/")[1], commit
 
@@ -85,9 +101,19 @@ def _split(text: str) -> tuple[str, str] | None:
     return None if at is None else (text[:at], text[at + 1:])
 
 
-def _open_folder(folder: Path, name: str | None, revision: str = "") -> Checkpoint:
+def _folder(text: str | Path, todo: str) -> Path:
+    """The folder that is meant; CheckpointError when there is none, also where the Hub may have been meant."""
+    if not os.path.isdir(text):
+        if hub.parse(str(text)):
+            todo = f"{Path(text).parts[0]} is a folder here; for a model on the Hub write {text}@main."
+        raise CheckpointError("there is no such folder", where=str(text), todo=todo)
+    return Path(text)
+
+
+def _open_folder(text: str | Path, name: str | None, revision: str = "") -> Checkpoint:
+    folder = _folder(text, "Give the folder that holds config.json.")
     if is_adapter(folder):
         raise CheckpointError("this is an adapter, not a whole model", where=str(folder),
                               todo=f"Write BASE+{folder}; it was made for {wanted_base(folder) or 'a base that it does not name'}.")
-    files = pickled_files(folder) if os.path.isdir(folder) else []
+    files = pickled_files(folder)
     return Checkpoint(folder, name, weights=converted(files) if files else None, revision=revision)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +143,25 @@ def library():
     from fusion.compiled import library
 
     return library.find() or library.make()
+
+
+@pytest.fixture
+def hub_log(monkeypatch):
+    """The Hub is a server of this test that has nothing; the list of what it is asked, with a token that must not leave."""
+    class Nothing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            log.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *words):
+            pass
+
+    log: list[str] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Nothing) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_TOKEN", "hf_canary")
+        yield log
+        server.shutdown()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -24,32 +22,6 @@ def _note(event: str, args: tuple) -> None:
 
 
 sys.addaudithook(_note)
-
-
-class Counting(BaseHTTPRequestHandler):
-    asked: list[str]
-
-    def do_GET(self):
-        self.asked.append(self.path)
-        self.send_error(404)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *words):
-        pass
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """Every request that reaches the Hub, which is a server of this test."""
-    handler = type("Handler", (Counting,), {"asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_TOKEN", "hf_canary")
-    yield handler.asked
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture
@@ -109,20 +81,20 @@ def references(folder, lora) -> list[str]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("page", ["public", "local"])
-def test_a_pasted_text_opens_nothing_that_the_page_does_not_offer(page, form, pages, foreign, asked):
+def test_a_pasted_text_opens_nothing_that_the_page_does_not_offer(page, form, pages, foreign, hub_log):
     *private, opened = foreign
     text = FORMS[form].replace("%P", str(PIVOT)).replace("%A", str(A)).replace("%B", str(B))
     for reference in references(*private):
         selection, _, said = pages[page](text.replace("X", reference))
-        assert asked == [], reference
+        assert hub_log == [], reference
         if page == "public":  # the owner's own folders may be named on the owner's page
             assert opened == [], reference
             assert isinstance(selection, dict) and "no value for" not in said, reference  # refused, and no tensor is named
         assert not any(name.endswith((".bin", "adapter_model.safetensors")) for _, name in opened), reference
 
 
-def test_what_is_offered_is_read_from_its_own_header(pages, asked):
+def test_what_is_offered_is_read_from_its_own_header(pages, hub_log):
     """The whole of every model is its whole: with the names of the catalogue's own checkpoint slices are left out."""
     text = FORMS["mergekit whole slice"].replace("X", str(B)).replace("%A", str(A))
     selection, settings, _ = pages["public"](text)
-    assert len(selection.targets) == 2 and settings.slices == () and asked == []
+    assert len(selection.targets) == 2 and settings.slices == () and hub_log == []

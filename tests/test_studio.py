@@ -1,15 +1,20 @@
 """What the page may do: keys are looked up, strangers stay out of the disk, edits and recipes mean the same everywhere."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from components.comparing import compared
 from components.heatmap import WAITING, Edit
+from components.models import verdict
 from components.page import build
+from components.reports import reviewed
 from components.state import MergeRef, Selection, Settings
 from components.studio import Studio
 from components.variation import _recipe_text, edited, grid_of
-from fusion import FusionError, OutputError, Recipe, RecipeError, ResourceError, demo, finish
+from fusion import FusionError, OutputError, Recipe, RecipeError, ResourceError, demo, finish, live
 from tests.browser import two_targets
 from tests.conftest import save_family, snapshot
 
@@ -110,6 +115,23 @@ def test_folders_of_the_launch_option_and_earlier_outputs_are_offered(tmp_path):
     assert {f"models/{made[0].name}", f"outputs/{made[0].name}"} <= keys
     titles = [entry.title for entry in studio.entries()]
     assert len(set(titles)) == len(titles)
+
+
+def test_a_model_whose_folder_was_removed_is_looked_up_nowhere(tmp_path, monkeypatch, hub_log):
+    monkeypatch.chdir(tmp_path)
+    pivot, *targets = (f"outputs/{folder.name}" for folder in save_family(tmp_path / "outputs", "llama"))
+    studio, now = Studio(outputs=Path("outputs")), Selection(pivot, tuple(targets), tuple(targets))
+    recipe = studio.recipe(now, Settings(method="linear"))
+    assert recipe.pivot == f"./{pivot}" and studio.adopt(recipe)[0].targets == now.targets
+    shutil.rmtree(tmp_path / targets[0])
+    for work in (lambda: finish(studio.try_merge(now, Settings(method="linear"))), lambda: finish(studio.measure(now)),
+                 lambda: studio.recipe(now, Settings()), lambda: finish(compared(studio, pivot, targets[0], now)),
+                 lambda: finish(reviewed(studio, targets[0], now)), lambda: studio.chat_model(targets[0], now).__enter__(),
+                 lambda: studio.folder_name(targets[0]), lambda: studio.preflight(now),
+                 lambda: finish(live.LiveMerge().update(recipe))):
+        with pytest.raises(FusionError, match=r"its folder was removed|there is no such folder"):
+            work()
+    assert "its folder was removed" in verdict(studio, now) and hub_log == []
 
 
 def test_settings_become_the_recipe_they_say(studio, picked):

@@ -119,24 +119,20 @@ def asked(studio: Studio, form: Form, now: Selection) -> Asked:
     run, words, notes = _RUNS[form.kind](studio, form)
     command = command_line(studio, keys, now, reference, words, notes)
     recipes = {names[merge.key]: _recipe(studio, merge) for merge in now.merges if merge.key in keys}
-    folders = {str(studio.entry(key).folder): name for key, name in names.items() if key not in _merged(now)}
 
     def work() -> Work[evaluate.Evaluation]:
         return (yield from run({names[key]: _lent(studio, key, now) for key in keys}, baseline))
-    return Asked(offered[form.kind], lambda: _finished(work(), command, recipes, folders))
+    return Asked(offered[form.kind], lambda: _finished(studio, work(), command, recipes))
 
 
-def _finished(work: Work[evaluate.Evaluation], command: str, recipes: dict[str, str], folders: dict[str, str]) -> Work[Finished]:
+def _finished(studio: Studio, work: Work[evaluate.Evaluation], command: str, recipes: dict[str, str]) -> Work[Finished]:
     """The work with what a person needs beside it; an error names models by their titles, not by paths."""
     try:
         done = yield from work
     except Stopped:
         raise
     except FusionError as error:
-        said = str(error)
-        for folder, name in folders.items():
-            said = said.replace(folder, name)
-        raise RecipeError(said) from error
+        raise RecipeError(studio.by_title(str(error))) from error
     return Finished(replace(done, details={**done.details, "recipes": recipes}) if recipes else done, command)
 
 

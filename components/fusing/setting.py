@@ -83,7 +83,7 @@ def _out(studio: Studio, name: object) -> Path:
 def _folder(studio: Studio, key: object, where: str) -> str:
     if not key:
         raise RecipeError("no model is picked", where=where, todo="Pick one of the menu.")
-    return shown_folder(studio.entry(key).folder)
+    return studio.folder_name(key)
 
 
 def _kind(studio: Studio, kind: object) -> str:

@@ -19,12 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fusion import hub
 from fusion.align import surface, tokenizer_kind
 from fusion.distill.encoding import Encoded, Encoder
 from fusion.distill.store import Rows
 from fusion.endpoint import Passing, Refused, Server
 from fusion.errors import CheckpointError, FusionError
+from fusion.sources import hub_model
 
 NO_LOGPROBS = "Serve the model where the completions API gives log-probabilities of prompt tokens, such as vLLM."
 _ENTRY_BYTES = 400  # room for one entry of an answer; about 80 are usual
@@ -213,7 +213,7 @@ def load_tokenizer(ref: str | os.PathLike):
     from transformers import AutoTokenizer
 
     text = os.fspath(ref)
-    found = None if os.path.isdir(text) else hub.parse(text)
+    found = hub_model(text)
     if found is None and not os.path.isdir(text):
         raise CheckpointError("no such folder", where=text, todo="Give a folder with tokenizer.json, or a model on the Hub.")
     name, revision = found or (text, "main")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from fusion.mergekit.catalogue import Form, as_kind
 from fusion.mergekit.document import Document, Note, Reference, Row, Source
+from fusion.sources import hub_model
 
 _QUANTISED = re.compile(r"(?i)(^|[-_./])(gguf|gptq|awq|exl2|exl3|bnb|[348]bit|4-bit|8-bit|int4|nf4)($|[-_./@])")
 
@@ -178,7 +178,7 @@ def _reference(reference: Reference) -> Iterator[Note]:
     if _QUANTISED.search(reference.text):
         yield Note("warning", reference.line,
             f"{reference.text} sounds quantised: such weights cannot be merged. Take the original")
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+(\+.*)?", reference.text) and not Path(reference.path).is_dir():
+    if "@" not in reference.text.split("+")[0] and hub_model(reference.path):
         yield Note("info", reference.line, f"{reference.text}: on the Hub, without @revision it is whatever is newest that day")
 
 
