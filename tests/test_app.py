@@ -65,6 +65,10 @@ def test_the_app_comes_up_calls_nobody_and_ends_on_interrupt(started):
     assert b"FuseChat Studio" in wait_for(f"{url}/config", app)
     page = urllib.request.urlopen(url, timeout=10).read().decode()
     assert "Content-Security-Policy" in page
+    for path in ("/", "/config", "/gradio_api/info"):
+        foreign = urllib.request.Request(url + path, headers={"Host": f"evil.example:{url.split(':')[-1]}"})
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(foreign, timeout=10)
     time.sleep(2)
     app.send_signal(signal.SIGINT)
     app.wait(timeout=20)
@@ -74,5 +78,5 @@ def test_the_app_comes_up_calls_nobody_and_ends_on_interrupt(started):
 def test_help_needs_no_page():
     done = subprocess.run([sys.executable, "app.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
-    for option in ("--port", "--models", "--public"):
+    for option in ("--port", "--models", "--public", "--allow-host"):
         assert option in done.stdout
