@@ -183,11 +183,16 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The tokenizer's own chat template, or None."""
+        """The tokenizer's own chat template, or None; of several by name the one called default."""
         file = self.file("chat_template.jinja")
         if os.path.isfile(file):
             return file.read_text(encoding="utf-8", errors="replace")
         template = read_json(self.file("tokenizer_config.json")).get("chat_template")
+        if template is None:
+            template = read_json(self.file("chat_template.json")).get("chat_template")
+        if isinstance(template, list):
+            named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+            template = named.get("default")
         return template if isinstance(template, str) else None
 
     @cached_property

@@ -24,6 +24,7 @@ from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError, ResourceError
 from fusion.files import list_tensors
 from fusion.header import TensorInfo, check_entries
+from fusion.side_files import is_side_file
 
 _REF = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./+-]+))?")
 _SMALL = (".json", ".txt", ".model", ".jinja")
@@ -51,12 +52,16 @@ def look_up(name: str, revision: str) -> Repo:
     """What the Hub has under this name; CheckpointError when it has nothing, does not show it, or cannot be reached."""
     with _border(name, revision):
         info = _api().model_info(name, revision=revision, files_metadata=True)
-    wanted = {file.rfilename: file.size or 0 for file in info.siblings or () if _NAME.fullmatch(file.rfilename)
-              and file.rfilename.endswith((*_SMALL, ".safetensors")) and not file.rfilename.startswith("consolidated")}
+    wanted = {file.rfilename: file.size or 0 for file in info.siblings or () if _wanted(file.rfilename)}
     if not any(file.endswith(".safetensors") for file in wanted):
         raise CheckpointError("the model has no safetensors weights on the Hub", where=name,
                               todo="Download it yourself and give the folder.")
     return Repo(name, str(info.sha), wanted)
+
+
+def _wanted(file: str) -> bool:
+    plain = _NAME.fullmatch(file) and file.endswith((*_SMALL, ".safetensors")) and not file.startswith("consolidated")
+    return bool(plain) or is_side_file(file)
 
 
 def download(name: str, revision: str) -> tuple[Path, str]:
@@ -77,7 +82,7 @@ class Remote(Checkpoint):
 
     def __init__(self, repo_name: str, revision: str, name: str | None = None):
         self.repo = look_up(repo_name, revision)
-        folder = _fetch(self.repo, [file for file in self.repo.files if file.endswith(_SMALL)])
+        folder = _fetch(self.repo, [file for file in self.repo.files if not file.endswith(".safetensors")])
         stored = list_tensors(folder, self._header, self.repo.files)
         super().__init__(folder, name or repo_name.split("/")[1], revision=self.repo.commit, stored=stored)
 

@@ -107,8 +107,7 @@ def chat_model(result: LiveResult, name: str) -> ChatModel:
 
     with tempfile.TemporaryDirectory(prefix="fusechat-") as scratch:
         folder = Path(scratch)
-        for file, content in result.plan.small_files():
-            (folder / file).write_bytes(content)
+        result.plan.write_small_files(folder)
         return chat.from_tensors(state_dict(result), result.plan.dtype, folder, name)
 
 

@@ -45,7 +45,7 @@ class MergeResult:
     """A finished merge: its folder, the recipe with content digests, and facts that came for free.
 
     `variation` is None where nothing was measured; `weights` [T, J] as used, [T, 0] for a method without weights; `parameters`
-    of the pivot and of the result; `finite` whether all numbers of the result are.
+    of the pivot and of the result; `finite` whether all numbers of the result are; `warnings` of the preflight, in words.
     """
 
     folder: Path
@@ -55,6 +55,7 @@ class MergeResult:
     tensors: int
     parameters: tuple[int, int]
     finite: bool
+    warnings: tuple[str, ...] = ()
 
 
 class Sink(Protocol):
@@ -111,7 +112,7 @@ def merge(recipe: Recipe, out: str | os.PathLike, *, variation: Variation | None
             folder = writer.finish()
         shapes = (int(np.prod(shape, dtype=np.int64)) for name, _, shape in plan.outputs() if name in plan.number)
         return MergeResult(folder, recipe, computed.variation, computed.weights, len(plan.number),
-                           (plan.sources["pivot"].parameters, sum(shapes)), computed.finite)
+                           (plan.sources["pivot"].parameters, sum(shapes)), computed.finite, plan.report.warnings)
     finally:
         plan.close()
 

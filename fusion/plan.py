@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusion import dtypes
+from fusion import dtypes, side_files
 from fusion.blocks import Blocks, Stored
 from fusion.checkpoint import Checkpoint
 from fusion.checkpoint_stack import CheckpointStack, InputDigests
@@ -29,15 +29,10 @@ from fusion.preflight import Finding, Preflight, mergeable_names, preflight
 from fusion.recipe import Recipe
 from fusion.slices import PIVOT, restack
 from fusion.sources import open_checkpoint
-from fusion.tokens import FILES
 from fusion.variation import Variation, nonfinite
 from fusion.version import VERSION
 from fusion.vocabulary import unify
 from fusion.weights import OptionPlan, WeightPlan, measured_weights
-
-_DONOR_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-                "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-                "generation_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ class MergePlan:
             pivot, *targets = stacked.models.values()
             named, findings = stacked.parts, tuple(Finding("warning", "", "config", text) for text in stacked.warnings)
         report = preflight(pivot, targets, out=out, dtype=recipe.dtype or None, method=recipe.method,
-                           in_memory=in_memory and out is None)
+                           in_memory=in_memory and out is None, donor=sources[recipe.donor])
         report = replace(report, findings=report.findings + findings).raise_if_bad()
         names = mergeable_names(pivot)
         parts = np.ones((len(names), len(targets)), bool)
@@ -165,10 +160,18 @@ class MergePlan:
         """The files that make a model of the weights: config, tokenizer, chat template, generation config."""
         yield "config.json", json.dumps(self.config, indent=2).encode() + b"\n"
         yield from self.files.items()
-        for name in _DONOR_FILES:
-            file = self.donor.file(name)
-            if file.is_file() and not (self.files and name in FILES):  # a donor's tokens are not those of the result
-                yield name, file.read_bytes()
+        ours = {name: file for name, file in side_files.copied(self.donor).items()
+                if not (self.files and side_files.is_tokenizer_file(name))}  # a donor's tokens are not those of the result
+        yield from ((name, file.read_bytes()) for name, file in ours.items())
+        template = self.donor.chat_template
+        if self.files and self.recipe.donor != PIVOT and template is not None and "chat_template.jinja" not in ours:
+            yield "chat_template.jinja", template.encode()  # else it would stay behind with the donor's tokens
+
+    def write_small_files(self, folder: Path) -> None:
+        """Lay the small files into a folder."""
+        for name, content in self.small_files():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
 
     def code(self, name: str) -> str:
         """The dtype code that a tensor is stored with."""

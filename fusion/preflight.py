@@ -21,6 +21,7 @@ from fusion.errors import FusionError, MismatchError, OutputError, RecipeError, 
 from fusion.journal import reclaimable_bytes
 from fusion.methods import METHODS
 from fusion.methods.stack import BLOCK
+from fusion.side_files import has_tokenizer, left_out
 from fusion.tables import bytes_text
 from fusion.threads import THREADS
 
@@ -81,6 +82,11 @@ class Preflight:
         """The worst level of all findings: "bad" means these cannot be merged."""
         return max((finding.level for finding in self.findings), key=LEVELS.index, default="good")
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The warnings in words, each with the model that it is about."""
+        return tuple(f"{one.model}: {one.text}" if one.model else one.text for one in self.findings if one.level == "warning")
+
     def of(self, model: str) -> list[Finding]:
         """The findings about one model."""
         return [finding for finding in self.findings if finding.model == model]
@@ -102,17 +108,20 @@ class Preflight:
 
 
 def preflight(pivot: Checkpoint, targets: Sequence[Checkpoint], *, out: str | os.PathLike | None = None,
-              dtype: str | None = None, method: str = "varm", in_memory: bool = False) -> Preflight:
+              dtype: str | None = None, method: str = "varm", in_memory: bool = False,
+              donor: Checkpoint | None = None) -> Preflight:
     """Compare headers and configs of pivot and targets; never raises for what it finds, see `Preflight.raise_if_bad`.
 
     `out` is the folder to be written (its disk is checked), `dtype` the stored dtype (default: as the pivot), `method` the
-    name of the merge method; `in_memory` says that the result is kept in memory.
+    name of the merge method; `in_memory` says that the result is kept in memory; `donor` gives tokenizer, template and
+    generation config (default: the pivot).
     """
     names = mergeable_names(pivot)
     findings = list(_count(pivot, targets, METHODS[method].measured))
     for target in targets:
         found = [*_shapes(pivot, target), *_vocabulary(pivot, target), *_rest(pivot, target)]
         findings += found or [Finding("good", target.name, "ready", "Same shape and vocabulary as the pivot.")]
+    findings += _files(pivot, donor or pivot)
     read = sum(model.info[name].nbytes for model in (pivot, *targets) for name in names if name in model.info)
     written = output_bytes(pivot, dtype)
     free = shutil.disk_usage(_existing(Path(out) if out else Path.cwd())).free + (reclaimable_bytes(out) if out else 0)
@@ -253,6 +262,15 @@ def _rest(pivot: Checkpoint, target: Checkpoint):
                       f"{dtypes.name(pivot.dtype)}; part of its variation is rounding.")
     if pivot.chat_template != target.chat_template:
         yield Finding("warning", target.name, "chat template", "Its chat template is not the pivot's; the merge has the donor's.")
+
+
+def _files(pivot: Checkpoint, donor: Checkpoint):
+    """What the result will lack of the small files that belong to a model."""
+    if not has_tokenizer(donor):
+        yield Finding("warning", donor.name, "vocabulary", "It has no tokenizer files, so the result has none. Lay some into its "
+                      "folder, or choose a donor that has a tokenizer.")
+    for text in left_out(donor, pivot.config):
+        yield Finding("warning", donor.name, "files", text)
 
 
 def _output(out: str | os.PathLike | None, written: int, free: int):

@@ -16,9 +16,8 @@ from fusion.align.surface import surface, tokenizer_kind
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError, MismatchError
 from fusion.files import read_json
+from fusion.side_files import copied, is_tokenizer_file
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-         "tokenizer.model", "spiece.model")
 SAMPLES = ("The quick brown fox jumps over 13 lazy dogs.", "Grüße aus Köln: ça va? Ñandú.", "Привет, как дела?", "你好，世界！",
            "こんにちは世界", "안녕하세요 세계", "مرحبا بالعالم", "नमस्ते दुनिया", "def f(x):\n    return x ** 2  # squared\n",
            "🙂 ✓ – “quoted”")
@@ -88,7 +87,7 @@ def load(content: bytes, where: str) -> Any:
 
 def files_of(model: Checkpoint) -> dict[str, bytes]:
     """Every tokenizer file of a checkpoint, by name."""
-    return {name: model.file(name).read_bytes() for name in FILES if model.file(name).is_file()}
+    return {name: file.read_bytes() for name, file in copied(model).items() if is_tokenizer_file(name)}
 
 
 def extended(pivot: Tokens, added: Sequence[Added]) -> dict[str, bytes]:

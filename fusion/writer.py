@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -130,8 +131,9 @@ class CheckpointWriter:
             self._record(file)
 
     def write_file(self, name: str, content: str | bytes) -> None:
-        """Write a small file beside the weights."""
+        """Write a small file beside the weights, or into a folder there."""
         with self._disk():
+            (self.folder / name).parent.mkdir(exist_ok=True)
             (self.folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
         self._small[name] = self._flush.submit(self._sync, name)
 
@@ -219,9 +221,10 @@ class CheckpointWriter:
 
     def _tidy(self, kept: set[str]) -> None:
         """Remove what a dead process left in the hidden folder."""
+        kept = {name.split("/")[0] for name in kept}
         for path in list(self.folder.iterdir()):
             if path.name not in kept:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _seal(self, file: str) -> None:
         with self._disk():
@@ -234,6 +237,8 @@ class CheckpointWriter:
         if self._durable:
             with self._disk(), open(self.folder / name, "rb") as file:
                 os.fsync(file.fileno())
+                if "/" in name:
+                    sync_folder((self.folder / name).parent)
 
     def _record(self, file: str) -> None:
         with self._lock:

@@ -19,7 +19,8 @@ LEVELS = (  # from the roof down: a module imports lower rows, and in its own ro
      "distill"),
     ("preflight", "variation", "inspection", "writer"),
     ("dtypes", "compiled", "maps", "header", "journal", "shards", "anatomy", "files", "quantised", "checkpoint", "digest", "blocks",
-     "view", "pickles", "adapter_settings", "adapters", "hub", "sources", "loading", "tables", "documents", "endpoint", "methods",
+     "view", "side_files", "configs",
+     "pickles", "adapter_settings", "adapters", "hub", "sources", "loading", "tables", "documents", "endpoint", "methods",
      "align", "tokens", "vocabulary", "template"),
     ("caching", "errors", "progress", "threads", "version"),
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 
 from fusion.commands.console import print_json, show_progress, weighing
 from fusion.commands.inspecting import review_text
 from fusion.commands.mergekit import stages_of
-from fusion.errors import RecipeError, nearest
+from fusion.errors import RecipeError, nearest, printable
 from fusion.merge import MergeResult, compute
 from fusion.methods import METHODS
 from fusion.progress import Work, finish
@@ -73,10 +74,13 @@ def _merge(options: argparse.Namespace) -> None:
     result = finish(work, show_progress(options.json))
     report = finish(review(result), show_progress(options.json)) if options.review else None
     before, after = result.parameters
+    for text in result.warnings:
+        print(printable(f"warning: {text}"), file=sys.stderr)
     if options.json:
         found = {"review": report.to_dict()} if report else {}
         print_json({"folder": str(result.folder), "recipe": result.recipe.to_dict(), "tensors": result.tensors,
-                    "parameters": {"pivot": before, "result": after}, "finite": result.finite, **found})
+                    "parameters": {"pivot": before, "result": after}, "finite": result.finite,
+                    "warnings": list(result.warnings), **found})
     else:
         finite = "all finite" if result.finite else "some NaN or Inf"
         print(f"merged {result.tensors} tensors of {len(result.recipe.targets)} targets into {options.out}\n"

@@ -43,6 +43,5 @@ class LiveView(View):
 def live_view(result: LiveResult, name: str) -> Iterator[LiveView]:
     """Lend a merge in memory as a checkpoint; its tokenizer lies in a folder that goes with it."""
     with tempfile.TemporaryDirectory(prefix="fusechat-") as scratch:
-        for file, content in result.plan.small_files():
-            (Path(scratch) / file).write_bytes(content)
+        result.plan.write_small_files(Path(scratch))
         yield LiveView(result, Path(scratch), name)
