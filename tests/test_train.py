@@ -14,7 +14,9 @@ from fusion.distill.fused import Example
 from fusion.progress import finish
 from fusion.train import Estimate, Training, estimate, history
 from fusion.train.history import append, earlier, unfinished_work
-from fusion.train.trainer import ByLength, Collator, pack, train
+from fusion.train.packing import pack
+from fusion.train.rows import ByLength, Collator
+from fusion.train.trainer import train
 from tests.conftest import load_tensors, save_family
 
 FAST = Training(learning_rate=1e-3, batch=2, accumulate=1, max_steps=3, schedule="constant", warmup=0.0)

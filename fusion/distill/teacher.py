@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import fields
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +19,7 @@ import numpy as np
 from fusion.checkpoint import Checkpoint
 from fusion.distill.dialogues import Dialogue
 from fusion.distill.encoding import Encoded, Encoder
+from fusion.distill.heads import Head
 from fusion.distill.store import Rows, Store, data_digest
 from fusion.errors import CheckpointError
 from fusion.loading import load_model, tokenizer_of
@@ -44,6 +47,10 @@ class LoadedTeacher:
         self.model, self.mark, self.device = model, mark, model.device
         self.encoder = Encoder(tokenizer, template, limit_of(model.config, max_tokens))
 
+    @cached_property
+    def _head(self) -> Head:
+        return Head(self.model)
+
     def rows(self, batch: Sequence[Encoded], top_k: int) -> list[Rows]:
         """See Teacher; padding stands on the right, where attention never looks."""
         import torch
@@ -52,9 +59,12 @@ class LoadedTeacher:
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         for row, encoded in zip(ids, batch, strict=True):
             row[:len(encoded.ids)] = torch.from_numpy(encoded.ids)
+        places = torch.from_numpy(np.concatenate([i * longest + encoded.labels - 1 for i, encoded in enumerate(batch)]))
+        gold = torch.from_numpy(np.concatenate([encoded.targets for encoded in batch])).to(self.device)
         with torch.inference_mode():
-            hidden = self.model(input_ids=ids.to(self.device), use_cache=False).logits
-            return [_top(hidden[i], encoded, top_k) for i, encoded in enumerate(batch)]
+            found = self._head(places.to(self.device), lambda logits, part: _top(logits, gold[part], top_k),
+                               input_ids=ids.to(self.device), use_cache=False)
+        return _split(found, [len(encoded.labels) for encoded in batch])
 
 
 class LocalTeacher(LoadedTeacher):
@@ -76,17 +86,22 @@ class LocalTeacher(LoadedTeacher):
         super().__init__(model.to(place).eval(), tokenizer, mark, template=template, max_tokens=max_tokens)
 
 
-def _top(logits, encoded: Encoded, top_k: int) -> Rows:
-    """Top-k of the positions that predict labels; float32 from here on."""
+def _top(logits, gold, top_k: int) -> Rows:
+    """Top-k of logits [n, V], and the nats of the true tokens; float32 from here on."""
     import torch
 
-    labels = torch.from_numpy(encoded.labels).to(logits.device)
-    picked = logits[labels - 1].float()
+    picked = logits.float()
     total = torch.logsumexp(picked, dim=1)
     best = picked.topk(min(top_k, picked.shape[1]), dim=1)
-    gold = picked.gather(1, torch.from_numpy(encoded.targets).to(logits.device)[:, None])[:, 0]
+    true = picked.gather(1, gold[:, None])[:, 0]
     return Rows(best.indices.cpu().numpy().astype(np.int32), (best.values - total[:, None]).cpu().numpy(),
-                total.cpu().numpy(), (total - gold).cpu().numpy())
+                total.cpu().numpy(), (total - true).cpu().numpy())
+
+
+def _split(found: Sequence[Rows], counts: Sequence[int]) -> list[Rows]:
+    """Slices of a batch as the rows of each dialogue, which have `counts` labels."""
+    whole = [np.concatenate([getattr(rows, its.name) for rows in found]) for its in fields(Rows)]
+    return [Rows(*parts) for parts in zip(*(np.split(array, np.cumsum(counts)[:-1]) for array in whole), strict=True)]
 
 
 def context_of(config) -> int | None:

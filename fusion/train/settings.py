@@ -46,6 +46,16 @@ class Training:
     log_steps: int = 1
     extra: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def rows_a_batch(self) -> int:
+        """How many rows a device reads at once: packed, one at a time."""
+        return 1 if self.pack else self.batch
+
+    @property
+    def exact(self) -> bool:
+        """Whether it reckons in float32."""
+        return self.dtype == "float32" and not self.bf16
+
     def check(self) -> Training:
         """Return self, or raise RecipeError with everything that is wrong."""
         found = []

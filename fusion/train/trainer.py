@@ -1,12 +1,11 @@
 """The loop of fusion training: one loss on top of `transformers.Trainer`, run in a thread so that it can be watched and stopped.
 
 `transformers.Trainer` runs the loop, so `accelerate launch`, FSDP, DeepSpeed, bfloat16, gradient checkpointing and resuming
-work as people know them. Price: full-vocabulary logits of one batch, which `settings.estimate` counts before anything starts.
+work as people know them. The loss is reckoned inside the model's forward pass, from logits at the labels only.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -14,22 +13,27 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from fusion.checkpoint import Checkpoint
 from fusion.distill.fused import Example
+from fusion.distill.heads import Head
 from fusion.distill.losses import fusion_loss
 from fusion.errors import FusionError, OutputError, RecipeError, Stopped
 from fusion.loading import load_model
 from fusion.progress import Progress, Work
-from fusion.train.history import HISTORY_FILE, append, earlier, unfinished_work
+from fusion.train.crew import PATIENCE, Crew
+from fusion.train.history import append, earlier, unfinished_work
+from fusion.train.packing import refuse_leaks
+from fusion.train.rows import ByLength, Collator, Rows
+from fusion.train.saving import last_checkpoint, mark_whole, save
 from fusion.train.settings import Training
 
 # transformers gave the switch a new name in the course of version 5
@@ -59,13 +63,12 @@ def train(pivot: str | os.PathLike, examples: Sequence[Example], out: str | os.P
         raise OutputError("exists already; nothing is ever overwritten", where=str(out), todo="Choose another folder.")
     if not examples:
         raise RecipeError("there is no dialogue to learn from", where="training")
-    work = unfinished_work(out)
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
-    _same_settings(work, training, len(examples))
+    work, crew = unfinished_work(out), Crew()
+    if crew.first:
+        _begin(work, training, len(examples), resume)
+    crew.wait()
     trainer, watch = _trainer(pivot, examples, work, training)
-    last = _last_checkpoint(work)
+    last = last_checkpoint(work)
     watch.begin(int(last.name.rpartition("-")[2]) if last else 0)
     failure: list[BaseException] = []
 
@@ -91,14 +94,15 @@ def train(pivot: str | os.PathLike, examples: Sequence[Example], out: str | os.P
         raise FusionError(watch.failed, where=str(out.name), todo="Lower the learning rate, or train with lm_weight 1 first.")
     if watch.stopped:
         raise Stopped("stopped", where=out.name)
-    if trainer.is_world_process_zero():
-        _save(trainer, Path(pivot), work, out)
-    trainer.accelerator.wait_for_everyone()
+    save(trainer, Path(pivot), work, out, watch.history)
     return TrainResult(out, tuple(watch.history))
 
 
-def _same_settings(work: Path, training: Training, count: int) -> None:
-    """Unfinished work of other settings must not be continued."""
+def _begin(work: Path, training: Training, count: int, resume: bool) -> None:
+    """Make the folder of unfinished work; such work of other settings must not be continued."""
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
     file, mine = work / "settings.json", json.dumps({**asdict(training), "examples": count}, sort_keys=True, default=str)
     if file.exists() and file.read_text(encoding="utf-8") != mine:
         raise RecipeError("the unfinished training was begun with other settings or data", where=str(work),
@@ -106,35 +110,45 @@ def _same_settings(work: Path, training: Training, count: int) -> None:
     file.write_text(mine, encoding="utf-8")
 
 
-def _last_checkpoint(work: Path) -> Path | None:
-    done = [path for path in work.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(done, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
 def _trainer(pivot: str | os.PathLike, examples: Sequence[Example], work: Path,
              training: Training) -> tuple[FusionTrainer, _Watch]:
     set_seed(training.seed)
-    with contextlib.closing(Checkpoint(pivot)) as checkpoint:
+    with closing(Checkpoint(pivot)) as checkpoint:
         model = load_model(checkpoint, training.dtype)
     model.config.use_cache = False
+    _answer_at_labels(model)
     if training.lora_rank:
         model = _with_adapter(model, training)
-    arguments = TrainingArguments(
-        output_dir=str(work), per_device_train_batch_size=1 if training.pack else training.batch,
-        gradient_accumulation_steps=training.accumulate, learning_rate=training.learning_rate,
-        num_train_epochs=training.epochs, max_steps=training.max_steps, warmup_steps=training.warmup,
-        lr_scheduler_type=training.schedule, weight_decay=training.weight_decay, adam_beta1=training.betas[0],
-        adam_beta2=training.betas[1], max_grad_norm=training.clip, bf16=training.bf16,
-        **{_CHECKPOINTING: training.gradient_checkpointing}, seed=training.seed, data_seed=training.seed,
-        save_strategy="steps", save_steps=training.save_steps, save_total_limit=2, logging_steps=training.log_steps,
-        report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(), logging_nan_inf_filter=False, **dict(training.extra))
-    data = Rows(examples, training)
     watch = _Watch(work)
-    trainer = FusionTrainer(model=model, args=arguments, train_dataset=data, data_collator=Collator(), callbacks=[watch])
+    trainer = FusionTrainer(model=model, args=_arguments(work, training), train_dataset=Rows(examples, training),
+                            data_collator=Collator(), callbacks=[watch])
     trainer.remove_callback(PrinterCallback)
     trainer.training, trainer.watch = training, watch
     return trainer, watch
+
+
+def _arguments(work: Path, training: Training) -> TrainingArguments:
+    cuda = torch.cuda.is_available()
+    return TrainingArguments(**{
+        "output_dir": str(work), "per_device_train_batch_size": training.rows_a_batch,
+        "gradient_accumulation_steps": training.accumulate, "learning_rate": training.learning_rate,
+        "num_train_epochs": training.epochs, "max_steps": training.max_steps, "warmup_steps": training.warmup,
+        "lr_scheduler_type": training.schedule, "weight_decay": training.weight_decay, "adam_beta1": training.betas[0],
+        "adam_beta2": training.betas[1], "max_grad_norm": training.clip, "bf16": training.bf16,
+        _CHECKPOINTING: training.gradient_checkpointing, "seed": training.seed, "data_seed": training.seed,
+        "save_strategy": "steps", "save_steps": training.save_steps, "save_total_limit": 2, "logging_steps": training.log_steps,
+        "report_to": [], "disable_tqdm": True, "remove_unused_columns": False, "dataloader_pin_memory": cuda, "use_cpu": not cuda,
+        "logging_nan_inf_filter": False, "ddp_timeout": int(PATIENCE.total_seconds()), **training.extra})
+
+
+def _answer_at_labels(model: PreTrainedModel) -> None:
+    """Teach a model to give its loss at the labels, `wanted`, instead of logits of everything, whatever wraps it later."""
+    head, forward = Head(model), model.forward
+
+    def losses(*given, wanted: _Wanted | None = None, **inputs):
+        return forward(*given, **inputs) if wanted is None else wanted.losses(head, inputs)
+
+    model.forward = losses
 
 
 def _with_adapter(model, training: Training):
@@ -148,90 +162,25 @@ def _with_adapter(model, training: Training):
                                             task_type="CAUSAL_LM"))
 
 
-class Rows(torch.utils.data.Dataset):
-    """The rows of a training: one dialogue each, or packed; dialogues are fetched when a row is asked for."""
+class _Wanted:
+    """What a batch is to learn: labels at `places` of the flattened batch, as means over `count`.
 
-    def __init__(self, examples: Sequence[Example], training: Training):
-        self.examples = examples
-        self.rows = pack([len(example.ids) for example in examples], training.max_tokens) if training.pack \
-            else [[i] for i in range(len(examples))]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> list[Example]:
-        return [self.examples[i] for i in self.rows[number]]
-
-
-def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Join dialogues into rows of at most `max_tokens`: the longest first, each into the first row that has room."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = next((row for row, left in enumerate(room) if left >= lengths[i]), None)
-        if at is None:
-            rows.append([])
-            room.append(max(max_tokens, lengths[i]))
-            at = len(rows) - 1
-        rows[at].append(i)
-        room[at] -= lengths[i]
-    return rows
-
-
-class ByLength(torch.utils.data.Sampler):
-    """Row numbers in an order that puts similar lengths side by side: drawn anew every epoch, the same for the same seed.
-
-    Stretches of 50 batches are sorted by length each, and their batches shuffled.
+    No tensor and no table, so that what wraps a model hands it on as it is (FSDP would round the chances to bfloat16).
     """
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int):
-        self.lengths, self.batch, self.seed, self.epoch = np.asarray(lengths), batch, seed, 0
+    def __init__(self, inputs: dict[str, torch.Tensor], count: int | torch.Tensor | None, training: Training):
+        self.places, self._ids, self._chances = inputs["places"], inputs["target_ids"], inputs["chances"]
+        self._gold = inputs["labels"].flatten()[self.places + 1]
+        self._count, self._training = count if count is not None else len(self._gold), training
 
-    def set_epoch(self, epoch: int) -> None:
-        """What the Trainer calls before each epoch."""
-        self.epoch = epoch
+    def losses(self, head: Head, inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss and its two parts, of which only the first has gradients."""
+        loss, clm, fused = map(sum, zip(*head(self.places, self._score, **inputs), strict=True))
+        return loss, clm.detach(), fused.detach()
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order, stretch = rng.permutation(len(self.lengths)), 50 * self.batch
-        for start in range(0, len(order), stretch):
-            rows = order[start:start + stretch]
-            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
-            groups = [rows[at:at + self.batch] for at in range(0, len(rows), self.batch)]
-            last = groups.pop() if len(groups[-1]) < self.batch else []  # a short batch in the middle would shift all others
-            for group in (*(groups[i] for i in rng.permutation(len(groups))), last):
-                yield from map(int, group)
-
-
-class Collator:
-    """Rows of examples to one batch: padded on the right; packed rows carry positions that begin anew with every dialogue."""
-
-    def __call__(self, rows: Sequence[Sequence[Example]]) -> dict[str, torch.Tensor]:
-        longest = max(sum(len(example.ids) for example in row) for row in rows)
-        k = max(example.target_ids.shape[1] for row in rows for example in row)
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        labels = torch.full((len(rows), longest), -100)
-        positions = torch.arange(longest).repeat(len(rows), 1)
-        targets, chances, places = [], [], []
-        for i, row in enumerate(rows):
-            at = 0
-            for example in row:
-                count = len(example.ids)
-                ids[i, at:at + count] = torch.from_numpy(np.asarray(example.ids, np.int64))
-                spots = torch.from_numpy(np.asarray(example.labels, np.int64))
-                labels[i, spots + at] = ids[i, spots + at]
-                positions[i, at:] = torch.arange(longest - at)
-                places.append(i * longest + at + spots - 1)
-                width = (0, k - example.target_ids.shape[1])
-                targets.append(torch.nn.functional.pad(torch.from_numpy(example.target_ids.astype(np.int64)), width, value=-1))
-                chances.append(torch.nn.functional.pad(torch.from_numpy(example.chances.astype(np.float32)), width))
-                at += count
-        batch = {"input_ids": ids, "labels": labels, "places": torch.cat(places), "target_ids": torch.cat(targets),
-                 "chances": torch.cat(chances)}
-        return {**batch, "position_ids": positions} if any(len(row) > 1 for row in rows) else batch
+    def _score(self, logits: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return fusion_loss(logits, self._gold[part], self._ids[part], self._chances[part], self._training.lm_weight,
+                           self._training.kind, self._count)
 
 
 class FusionTrainer(Trainer):
@@ -239,6 +188,7 @@ class FusionTrainer(Trainer):
 
     training: Training
     watch: _Watch
+    _apart = False  # whether packed dialogues are known to be kept apart
 
     def _get_train_sampler(self, train_dataset=None):
         """See Trainer; the order by length that `Training.by_length` asks for."""
@@ -250,18 +200,16 @@ class FusionTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See Trainer; `num_items_in_batch` is the number of labels of the whole update, over all devices."""
-        labels, places = inputs["labels"], inputs["places"]
         extra = {"position_ids": inputs["position_ids"]} if "position_ids" in inputs else {}
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False, **extra)
-        logits = outputs.logits.flatten(0, 1)[places]
-        gold = labels.flatten()[places + 1]
-        count = num_items_in_batch if num_items_in_batch is not None else len(gold)
-        loss, clm, fused = fusion_loss(logits, gold, inputs["target_ids"], inputs["chances"], self.training.lm_weight,
-                                       self.training.kind, count)
+        if extra and not self._apart:
+            refuse_leaks(model, self.accelerator.unwrap_model(model), self.training.exact)
+            self._apart = True
+        wanted = _Wanted(inputs, num_items_in_batch, self.training)
+        loss, clm, fused = model(input_ids=inputs["input_ids"], use_cache=False, wanted=wanted, **extra)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
-        self.watch.add(clm.detach(), fused.detach())
-        return (loss, outputs) if return_outputs else loss
+        self.watch.add(clm, fused)
+        return (loss, {"loss": loss}) if return_outputs else loss
 
 
 class _Watch(TrainerCallback):
@@ -302,29 +250,19 @@ class _Watch(TrainerCallback):
         done = max(state.global_step - self._first_step, 1)
         seconds = (time.perf_counter() - self._started) * state.global_step / done  # as if all steps had been done now
         self.reports.put(Progress("Training", state.global_step, state.max_steps, "steps", seconds=seconds, note=note))
-        if self.stop.is_set():
+        if self._asked(args):
             self.stopped = control.should_training_stop = control.should_save = True
 
+    def on_save(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            mark_whole(self._work, state.global_step)
 
-def _save(trainer: FusionTrainer, pivot: Path, work: Path, out: Path) -> None:
-    """Write the model and the pivot's tokenizer into a hidden folder and give it its name."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    model.config.use_cache = True
-    hidden = work / "result"
-    shutil.rmtree(hidden, ignore_errors=True)
-    model.to(_stored_dtype(pivot)).save_pretrained(hidden)
-    AutoTokenizer.from_pretrained(pivot, trust_remote_code=False).save_pretrained(hidden)
-    (hidden / HISTORY_FILE).write_text(json.dumps(trainer.watch.history, indent=1), encoding="utf-8")
-    if os.path.lexists(out):
-        raise OutputError("appeared while training ran", where=str(out), todo=f"The result lies in {hidden}.")
-    os.rename(hidden, out)
-    with contextlib.suppress(OSError):
-        shutil.rmtree(work)
-
-
-def _stored_dtype(pivot: Path) -> torch.dtype:
-    from fusion import dtypes
-
-    return getattr(torch, dtypes.name(Checkpoint(pivot).dtype))
+    def _asked(self, args) -> bool:
+        """Whether to stop, which all processes do after the same step when one of them is asked to."""
+        if args.world_size == 1:
+            return self.stop.is_set()
+        asked = torch.tensor(float(self.stop.is_set()), device=args.device)
+        torch.distributed.all_reduce(asked)
+        return bool(asked)
