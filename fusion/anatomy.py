@@ -8,6 +8,7 @@ is the matrix. Price: a model whose names carry no numbers has no layers here, o
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +22,8 @@ _KINDS = (
     ("embedding", re.compile(r"embed_?(tokens|positions|in$)|embeddings?$|^(wte|wpe|embd|shared)$|(tok|word)_embeddings")),
     ("head", re.compile(r"^(lm_head|embed_out|output|score|classifier)$")),
 )
+TOWER = r"vis(ion|ual)|audio|image|video|speech"  # by which authors name what sees or hears
+_TOWER = re.compile(TOWER)
 _PARAMETER = re.compile(r"\.(weight|bias)$")
 _WHOLE = re.compile(r"[0-9]{1,9}")
 
@@ -63,6 +66,17 @@ def place(name: str) -> Place:
     matrix = ".".join(inside[1:]) if len(inside) > 1 and inside[1:] != ["bias"] else ".".join(inside)
     kind = _kind(inside)
     return Place(".".join(parts[:number]), int(parts[number]), module, matrix, "other" if kind == "head" else kind)
+
+
+def main_stack(names: Iterable[str]) -> tuple[str, int]:
+    """The stack with the most layers among these tensor names and how many it has, ("", 0) without layers; what sees or hears
+    counts only where nothing else has layers."""
+    depth: dict[str, int] = {}
+    for name in names:
+        spot = place(name)
+        if spot.layer is not None:
+            depth[spot.stack] = max(depth.get(spot.stack, 0), spot.layer + 1)
+    return max(depth.items(), key=lambda item: (not _TOWER.search(item[0]), item[1]), default=("", 0))
 
 
 def _outside(parts: list[str]) -> Place:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fusion import dtypes
-from fusion.anatomy import place
+from fusion.anatomy import main_stack, place
 from fusion.errors import CheckpointError, nearest
 from fusion.files import Files, Span, file_names, list_tensors, read_json
 from fusion.header import TensorInfo
@@ -123,13 +123,8 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     @cached_property
     def layers(self) -> int:
-        """How many layers the names count in the largest stack."""
-        places = [place(name) for name in self.info]
-        stacks = {spot.stack: 0 for spot in places}
-        for spot in places:
-            if spot.layer is not None:
-                stacks[spot.stack] = max(stacks[spot.stack], spot.layer + 1)
-        return max(stacks.values(), default=0)
+        """How many layers the names count in the largest stack that reads and writes text."""
+        return main_stack(self.info)[1]
 
     @cached_property
     def tied(self) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fusion.alike import alike
 from fusion.anatomy import place
 from fusion.checkpoint import Checkpoint
 from fusion.errors import FusionError, MismatchError
@@ -26,6 +27,7 @@ from fusion.merge import RECIPE_FILE, VARIATION_FILE
 from fusion.preflight import mergeable_names
 from fusion.progress import Work
 from fusion.recipe import Recipe, load_stages, short_names
+from fusion.slices import is_lent
 from fusion.sources import open_checkpoint
 
 
@@ -149,12 +151,14 @@ class _PairSums:
 
 
 def _compared(models: Sequence[Checkpoint], base: Checkpoint | None, notes: list[str]) -> Work[Comparison]:
-    first, second = models
-    wanted, given = mergeable_names(first), mergeable_names(second)
-    names = [name for name in wanted if name in second.info and second.info[name].shape == first.info[name].shape]
+    first, second = models[0], alike(models[0], models[1])
+    base = base and alike(first, base)
+    wanted, given = mergeable_names(first), [name for name in mergeable_names(second) if not is_lent(second, name)]
+    names = [name for name in wanted if name in set(given) and second.info[name].shape == first.info[name].shape]
     if not names:
         raise MismatchError(f"no matrix has the same name and shape in {first.name}", where=second.name)
-    if base is not None and any(name not in base.info or base.info[name].shape != first.info[name].shape for name in names):
+    if base is not None and any(name not in base.info or is_lent(base, name) or base.info[name].shape != first.info[name].shape
+                                for name in names):
         notes.append(f"Directions were not compared: {base.name} has not the shape of both.")
         base = None
     read = (first, second) if base is None else (first, second, base)

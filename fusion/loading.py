@@ -19,10 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fusion.anatomy import main_stack
 from fusion.checkpoint import Checkpoint
 from fusion.dtypes import FLOATS
 from fusion.errors import CheckpointError, FusionError, ResourceError
 from fusion.files import INDEX, WHOLE
+from fusion.naming import other_sense, stated_depth, unread
 
 # transformers switches settings of the whole process (default dtype, weight initialisation) while it loads a model, so two that
 # are loaded at once spoil each other.
@@ -153,7 +155,8 @@ def _whole(model: Any, info: Mapping[str, Any], name: str) -> Any:
     """The model, unless transformers had to invent, cut or drop something."""
     misshapen = sorted(info["mismatched_keys"])
     lacking = sorted(info["missing_keys"] - {key for key, *_ in misshapen})
-    left = sorted(key for key in info["unexpected_keys"])
+    depth, stack = stated_depth(model.config.to_dict()), main_stack(name for name, _ in model.named_parameters())[0]
+    left = sorted(key for key in info["unexpected_keys"] if not unread(key, None, depth, stack) and not other_sense(key))
     said = [f"{len(lacking)} matrices are missing, first {lacking[0]}"] if lacking else []
     if misshapen:
         key, stored, wanted = misshapen[0]

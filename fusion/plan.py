@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fusion import dtypes, side_files
+from fusion.alike import alike
 from fusion.blocks import Blocks, Stored
 from fusion.checkpoint import Checkpoint
 from fusion.checkpoint_stack import CheckpointStack, InputDigests
@@ -27,7 +28,7 @@ from fusion.methods import METHODS, Method, elementwise
 from fusion.methods.average import shares as normalised
 from fusion.preflight import Finding, Preflight, mergeable_names, preflight
 from fusion.recipe import Recipe
-from fusion.slices import PIVOT, restack
+from fusion.slices import PIVOT, is_lent, restack
 from fusion.sources import open_checkpoint
 from fusion.variation import Variation, nonfinite
 from fusion.version import VERSION
@@ -68,7 +69,7 @@ class MergePlan:
         refs = [(places or {}).get(ref, ref) for ref in (recipe.pivot, *recipe.targets)]
         opened = [open_checkpoint(ref, name) for ref, name in zip(refs, (recipe.pivot_name, *recipe.names), strict=True)]
         sources = dict(zip((PIVOT, *recipe.names), opened, strict=True))
-        pivot, *targets = opened
+        pivot, *targets = opened[0], *(alike(opened[0], target) for target in opened[1:])
         files: Mapping[str, bytes] = {}
         if recipe.vocabulary:
             pivot, targets, files = unify(pivot, targets, recipe.vocabulary)
@@ -86,6 +87,9 @@ class MergePlan:
         if named is not None:
             parts[:] = [[target in named[name] for target in recipe.names] for name in names]
             _check_parts(parts, names, method)
+        own = np.array([[not is_lent(target, name) for target in targets] for name in names], bool).reshape(parts.shape)
+        parts &= own
+        parts[(parts.sum(axis=1) < method.min_targets) & ~own.all(axis=1)] = False  # too few have it: the pivot's stays
         return cls(recipe, sources, pivot, tuple(targets), WeightPlan.of(recipe, names), OptionPlan.of(recipe, names), parts,
                    report, files, tuple(map(str, refs)))
 
@@ -175,8 +179,7 @@ class MergePlan:
 
     def code(self, name: str) -> str:
         """The dtype code that a tensor is stored with."""
-        stored = self.pivot.info[name].dtype
-        return dtypes.code(self.recipe.dtype) if self.recipe.dtype and stored in dtypes.FLOATS else stored
+        return dtypes.code(self.recipe.dtype) if self.recipe.dtype and name in self.number else self.pivot.info[name].dtype
 
     def kept(self, t: int) -> bool:
         """Whether tensor `t` is the pivot's own: excluded, or without a target that takes part in it."""

@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fusion import dtypes
+from fusion.alike import alike, names_view, one_family
 from fusion.anatomy import place
 from fusion.checkpoint import Checkpoint
 from fusion.errors import FusionError, MismatchError, OutputError, RecipeError, ResourceError
 from fusion.journal import reclaimable_bytes
 from fusion.methods import METHODS
 from fusion.methods.stack import BLOCK
+from fusion.naming import is_buffer
 from fusion.side_files import has_tokenizer, left_out
 from fusion.tables import bytes_text
 from fusion.threads import THREADS
@@ -116,18 +118,20 @@ def preflight(pivot: Checkpoint, targets: Sequence[Checkpoint], *, out: str | os
     name of the merge method; `in_memory` says that the result is kept in memory; `donor` gives tokenizer, template and
     generation config (default: the pivot).
     """
-    names = mergeable_names(pivot)
+    names, given = mergeable_names(pivot), targets
+    targets = [alike(pivot, target) for target in given]
     findings = list(_count(pivot, targets, METHODS[method].measured))
     for target in targets:
         found = [*_shapes(pivot, target), *_vocabulary(pivot, target), *_rest(pivot, target)]
-        findings += found or [Finding("good", target.name, "ready", "Same shape and vocabulary as the pivot.")]
+        findings += [*_names(pivot, target),
+                     *(found or [Finding("good", target.name, "ready", "Same shape and vocabulary as the pivot.")])]
     findings += _files(pivot, donor or pivot)
     read = sum(model.info[name].nbytes for model in (pivot, *targets) for name in names if name in model.info)
     written = output_bytes(pivot, dtype)
     free = shutil.disk_usage(_existing(Path(out) if out else Path.cwd())).free + (reclaimable_bytes(out) if out else 0)
     memory = peak_memory_bytes(pivot, len(targets), method) + (written if in_memory else 0)
     findings += [*_output(out, written, free), *_memory(memory, available_memory_bytes())]
-    return Preflight(tuple(facts(model, "pivot" if i == 0 else "target") for i, model in enumerate((pivot, *targets))),
+    return Preflight(tuple(facts(model, "pivot" if i == 0 else "target") for i, model in enumerate((pivot, *given))),
                      tuple(findings), len(names), read, written, memory, free, (2 * read + written) / _PACE_BYTES_PER_S)
 
 
@@ -140,15 +144,19 @@ def facts(model: Checkpoint, role: str) -> Facts:
 
 
 def mergeable_names(pivot: Checkpoint) -> list[str]:
-    """The tensors a merge computes: the pivot's float tensors, tied copies of the embedding left out."""
-    return [name for name, tensor in pivot.info.items() if tensor.dtype in dtypes.FLOATS and name not in pivot.tied_copies]
+    """The tensors a merge computes: the pivot's float tensors, without tied copies of the embedding and what models compute
+    by themselves."""
+    return [name for name, tensor in pivot.info.items() if tensor.dtype in dtypes.FLOATS and name not in pivot.tied_copies
+            and not is_buffer(name, tensor.shape)]
 
 
 def output_bytes(pivot: Checkpoint, dtype: str | None) -> int:
     """Bytes of the merged tensors when floats are stored as `dtype` (None: each as in the pivot)."""
+    merged = set(mergeable_names(pivot))
+
     def size(name: str) -> int:
         tensor = pivot.info[name]
-        code = dtypes.code(dtype) if dtype and tensor.dtype in dtypes.FLOATS else tensor.dtype
+        code = dtypes.code(dtype) if dtype and name in merged else tensor.dtype
         return tensor.numel * dtypes.ITEM_BYTES[code]
     return sum(size(name) for name in pivot.info if name not in pivot.tied_copies)
 
@@ -198,10 +206,30 @@ def _count(pivot: Checkpoint, targets: Sequence[Checkpoint], measured: bool):
         names.add(target.name)
 
 
+def _names(pivot: Checkpoint, target: Checkpoint):
+    """What is told of tensors that have other names, or that only one of the two has and needs."""
+    view = names_view(target)
+    if view is None:
+        return
+    if renamed := view.renamed:
+        yield Finding("good", target.name, "names", f"Its tensors have other names ({renamed[0]} for {renamed[1]}); the merge has "
+                      "the pivot's.")
+    for names, what in ((sorted(view.lent), "It lacks {}; the merge keeps the pivot's."),
+                        (sorted(view.left), "It has {} besides; the merge leaves that out.")):
+        if names:
+            only = all(is_buffer(name, (view.info.get(name) or view.model.info[name]).shape) for name in names)
+            tail = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield Finding("good" if only else "warning", target.name, "tensors", what.format(f"{names[0]}{tail}"), names[0])
+
+
 def _shapes(pivot: Checkpoint, target: Checkpoint):
     wanted, given = mergeable_names(pivot), set(mergeable_names(target))
     other = next((name for name in wanted if name in given and target.info[name].shape != pivot.info[name].shape), None)
-    if pivot.architecture != target.architecture:
+    kin = one_family(pivot, target) and other is None and given.issuperset(wanted)
+    if pivot.architecture != target.architecture and kin:
+        yield Finding("warning", target.name, "architecture", f"Its class is {target.architecture}, the pivot's is "
+                      f"{pivot.architecture}; what reads and writes text is the same in both.")
+    elif pivot.architecture != target.architecture:
         first = other or next((name for name in wanted if name not in given), "")
         example = f" The first tensor that differs is {first}." if first else ""
         yield Finding("bad", target.name, "architecture", f"Its architecture is {target.architecture}, the pivot's is "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusion.anatomy import place
+from fusion.anatomy import main_stack, place
 from fusion.errors import RecipeError, nearest
 
 VARIATION = "variation"  # where a weight stands: the measured ratio
@@ -85,12 +85,7 @@ def depth(name: str, layers: int) -> float:
 
 def count_layers(names: Iterable[str]) -> int:
     """Layers of the largest stack among these tensor names; 0 when none has a number."""
-    stacks: dict[str, set[int]] = {}
-    for its in map(place, names):
-        if its.layer is not None:
-            stacks.setdefault(its.stack, set()).add(its.layer)
-    largest = max(stacks.values(), key=len, default=set())
-    return max(largest, default=-1) + 1
+    return main_stack(names)[1]
 
 
 def resolve(setting: Setting, names: Sequence[str], where: str = "") -> list:

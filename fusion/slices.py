@@ -7,12 +7,13 @@ Price: none; names are mapped, no weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fusion.anatomy import place
+from fusion.alike import Alike
+from fusion.anatomy import main_stack, place
 from fusion.checkpoint import Checkpoint
 from fusion.errors import RecipeError
 from fusion.files import Span
@@ -65,7 +66,18 @@ def origin_of(model: Checkpoint, name: str) -> tuple[Checkpoint, str]:
     """The checkpoint whose tensor `model` shows under this name, unchanged, and what it is called there."""
     if isinstance(model, Restacked):
         return origin_of(*model.owned[name])
-    return (model.model, name) if isinstance(model, Remapped) and name not in model.tables else (model, name)
+    if isinstance(model, Remapped) and name not in model.tables:
+        return origin_of(model.model, name)
+    return (model.source(name) if isinstance(model, Alike) else None) or (model, name)
+
+
+def is_lent(model: Checkpoint, name: str) -> bool:
+    """Whether a model has no such tensor and the pivot's stands in its place."""
+    if isinstance(model, Restacked):
+        return is_lent(*model.owned[name])
+    if isinstance(model, Remapped):
+        return is_lent(model.model, name)
+    return isinstance(model, Alike) and name in model.lent
 
 
 @dataclass(frozen=True)
@@ -107,22 +119,12 @@ def restack(models: Mapping[str, Checkpoint], slices: Sequence[Slice], from_pivo
     return Restack({label: Restacked(model, origin[label], config) for label, model in models.items()}, parts, warnings)
 
 
-def largest_stack(names: Iterable[str]) -> tuple[str, int]:
-    """The stack with the most layers among these tensor names, and how many it has; ("", 0) when there are no layers."""
-    depth: dict[str, int] = {}
-    for name in names:
-        spot = place(name)
-        if spot.layer is not None:
-            depth[spot.stack] = max(depth.get(spot.stack, 0), spot.layer + 1)
-    return max(depth.items(), key=lambda item: item[1], default=("", 0))
-
-
 class _Layers:
     """One model's tensor names: `inside[layer][rest of the name]` in its largest stack, `before` and `after` it."""
 
     def __init__(self, label: str, model: Checkpoint):
         self.label = label
-        self.stack, self.depth = largest_stack(model.info)
+        self.stack, self.depth = main_stack(model.info)
         self.inside: list[dict[str, str]] = [{} for _ in range(self.depth)]
         self.before: dict[str, str] = {}
         self.after: dict[str, str] = {}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from fusion.anatomy import main_stack
 from fusion.checkpoint import Checkpoint
 from fusion.digest import digest_checkpoint
 from fusion.errors import MismatchError, RecipeError
@@ -17,7 +18,7 @@ from fusion.merge import merge
 from fusion.plan import MergePlan
 from fusion.progress import finish
 from fusion.recipe import Override, Recipe, Slice
-from fusion.slices import largest_stack, restack
+from fusion.slices import restack
 from tests.conftest import load_tensors, save_checkpoint, save_family, snapshot
 
 EMBED, FINAL, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -188,7 +189,7 @@ def test_what_counts_layers_by_their_number_is_said(tmp_path):
 
 def test_the_largest_stack_is_the_one_that_is_cut():
     names = [f"visual.blocks.{i}.w" for i in range(2)] + [f"model.layers.{i}.w" for i in range(3)] + ["lm_head.weight"]
-    assert largest_stack(names) == ("model.layers", 3) and largest_stack(["w"]) == ("", 0)
+    assert main_stack(names) == ("model.layers", 3) and main_stack(["w"]) == ("", 0)
 
 
 # ── what a person can get wrong ──────────────────────────────────────────────────────────────────────────────────────

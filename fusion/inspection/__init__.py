@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusion import dtypes
+from fusion.alike import alike
 from fusion.checkpoint import Checkpoint
 from fusion.inspection.deltas import DeltaSums
 from fusion.inspection.report import QUANTITIES, Inspection, Quantity, check_granularity
@@ -38,6 +39,7 @@ def inspect(pivot: Checkpoint, targets: Sequence[Checkpoint], *, dtype: str | No
     CheckpointError for NaN or Inf unless `allow_nonfinite`, RecipeError for an unknown dtype.
     """
     code = dtypes.code(dtype) if dtype else None
+    targets = [alike(pivot, target) for target in targets]
     preflight(pivot, targets).raise_if_bad()
     names = mergeable_names(pivot)
 

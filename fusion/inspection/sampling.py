@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fusion.alike import alike
 from fusion.checkpoint import Checkpoint
 from fusion.errors import Stopped
 from fusion.inspection.report import Pool
@@ -166,6 +167,7 @@ class _Sampler:
     """Reads ever more blocks of every tensor and keeps their sums."""
 
     def __init__(self, pivot: Checkpoint, targets: Sequence[Checkpoint], seed: int, allow_nonfinite: bool):
+        targets = [alike(pivot, target) for target in targets]
         preflight(pivot, targets).raise_if_bad()
         self.models, self.allow_nonfinite = (pivot, *targets), allow_nonfinite
         self.names = mergeable_names(pivot)

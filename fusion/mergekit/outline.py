@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusion.anatomy import place
+from fusion.anatomy import main_stack, place
 from fusion.errors import CheckpointError, MismatchError
 from fusion.mergekit.document import Document, Note, Reference, Source
 from fusion.preflight import mergeable_names
@@ -133,11 +133,7 @@ def tensor_names(text: str) -> tuple[str, ...] | None:
 
 def largest_stack(names: Sequence[str]) -> str:
     """What stands before the layer number in the names of most layers: "model.layers"."""
-    counts: dict[str, set[int]] = {}
-    for its in map(place, names):
-        if its.layer is not None:
-            counts.setdefault(its.stack, set()).add(its.layer)
-    return max(counts, key=lambda stack: len(counts[stack]), default=STACK)
+    return main_stack(names)[0] or STACK
 
 
 def _outside(names: Sequence[str], slices: int) -> Iterator[Spot]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fusion import dtypes
+from fusion.alike import alike
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError, RecipeError, ResourceError
 from fusion.inspection.report import share
@@ -34,6 +35,7 @@ from fusion.review.report import Review, findings
 from fusion.review.smoke import PROMPTS, Answer, ask, ask_model
 from fusion.review.sums import ReviewSums, Rounding, rounding_of
 from fusion.review.tokens import RoundTrip, round_trips
+from fusion.slices import is_lent
 from fusion.sources import open_checkpoint
 
 __all__ = ["PROMPTS", "Answer", "Review", "RoundTrip", "answered", "ask_model", "review", "review_live"]
@@ -77,8 +79,10 @@ def answered(report: Review, answers: Sequence[Answer]) -> Review:
 
 def _reviewed(folder: Path, result: Checkpoint, parents: Sequence[Checkpoint], plan: MergePlan | None, smoke: bool,
               rounding: bool) -> Work[Review]:
+    parents = [alike(result, parent) for parent in parents] if plan is None else parents
     names = [name for name in mergeable_names(result)
-             if all(name in model.info and model.info[name].shape == result.info[name].shape for model in parents)]
+             if all(name in model.info and model.info[name].shape == result.info[name].shape for model in parents)
+             and (plan is not None or not any(is_lent(model, name) for model in parents))]
     if not names:
         raise RecipeError("no matrix of the result has the name and shape of one in every parent", where=result.name,
                           todo="Give the models that it was made of.")
