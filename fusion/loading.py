@@ -25,6 +25,7 @@ from fusion.dtypes import FLOATS
 from fusion.errors import CheckpointError, FusionError, ResourceError
 from fusion.files import INDEX, WHOLE
 from fusion.naming import other_sense, stated_depth, unread
+from fusion.side_files import copied
 
 # transformers switches settings of the whole process (default dtype, weight initialisation) while it loads a model, so two that
 # are loaded at once spoil each other.
@@ -32,7 +33,6 @@ LOADING = threading.Lock()
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _SAID = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # what is wrong is said here, in words
-_BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 TORCH_NAMES = {"BF16": "bfloat16", "F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "I32": "int32",
                 "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 
@@ -88,9 +88,9 @@ def small_files(checkpoint: Checkpoint) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="fusechat-") as scratch:
         folder = Path(scratch)
-        for name in checkpoint.small_names():
-            if name.endswith(_BESIDE) and name not in ("config.json", INDEX):
-                shutil.copyfile(checkpoint.file(name), folder / name)
+        for name, file in copied(checkpoint).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name)
         (folder / "config.json").write_text(json.dumps(checkpoint.config))
         yield folder
 
