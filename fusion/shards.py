@@ -47,6 +47,8 @@ class Shard:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._file, 0, self.nbytes)
+        else:
+            os.ftruncate(self._file, self.nbytes)
 
     def open(self) -> None:
         """Open the file that somebody else has made, perhaps on another machine."""
@@ -54,6 +56,7 @@ class Shard:
 
     def write(self, slot: Slot, start: int, stored: np.ndarray | bytes) -> int:
         """Write stored numbers as the flat elements of a tensor from `start` on; returns how many bytes they are."""
+        self._refuse_loss()
         data = memoryview(stored).cast("B")
         write_all(self._file, data, slot.start + start * ITEM_BYTES[slot.dtype])
         return len(data)
@@ -64,6 +67,7 @@ class Shard:
 
     def seal(self, flush: bool = True) -> None:
         """Write the header and, if `flush`, wait until everything is on the disk."""
+        self._refuse_loss()
         write_all(self._file, self.header, 0)
         if flush:
             os.fsync(self._file)
@@ -76,6 +80,12 @@ class Shard:
                 return os.fstat(file.fileno()).st_size == self.nbytes and file.read(len(self.header)) == self.header
         except OSError:
             return False
+
+    def _refuse_loss(self) -> None:
+        """OutputError when somebody removed or cut the file: what is written later would give it its size again, with a hole."""
+        its = os.fstat(self._file)
+        if its.st_nlink == 0 or its.st_size != self.nbytes:
+            raise lost(self.path)
 
     def close(self) -> None:
         """Close the file."""
@@ -111,6 +121,12 @@ def plan_shards(tensors: Sequence[tuple[str, str, tuple[int, ...]]],
             start = len(headers[file]) + header[name]["data_offsets"][0]
             slots[name] = Slot(name, dtype, shape, file, start, nbytes)
     return headers, slots
+
+
+def lost(path: Path) -> OutputError:
+    """The error for a file that was touched by somebody else while it was written."""
+    return OutputError(f"{path.name} was removed or changed while it was written", where=str(path.parent),
+                       todo="Let nothing touch that folder while a merge runs, and merge again.")
 
 
 def disk_error(error: OSError, out: Path, kept: str = "nothing was left behind") -> OutputError | ResourceError:

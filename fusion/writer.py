@@ -21,7 +21,7 @@ import numpy as np
 from fusion.errors import OutputError
 from fusion.files import INDEX
 from fusion.journal import Journal, sync_folder
-from fusion.shards import MAX_SHARD_BYTES, Shard, disk_error, plan_shards
+from fusion.shards import MAX_SHARD_BYTES, Shard, disk_error, lost, plan_shards
 
 __all__ = ["MAX_SHARD_BYTES", "CheckpointWriter"]
 
@@ -52,6 +52,7 @@ class CheckpointWriter:
         self._journal, self._own = Journal(self.out), False
         self._sealed: set[str] = set()
         self._small: dict[str, Future] = {}
+        self._small_bytes: dict[str, int] = {}
         self._shards: dict[str, Shard] = {}
         self._written = dict.fromkeys(self.slots, 0)
         self._notes: dict[str, dict[str, dict]] = {file: {} for file in self.headers}
@@ -132,9 +133,11 @@ class CheckpointWriter:
 
     def write_file(self, name: str, content: str | bytes) -> None:
         """Write a small file beside the weights, or into a folder there."""
+        data = content.encode() if isinstance(content, str) else content
         with self._disk():
             (self.folder / name).parent.mkdir(exist_ok=True)
-            (self.folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            (self.folder / name).write_bytes(data)
+        self._small_bytes[name] = len(data)
         self._small[name] = self._flush.submit(self._sync, name)
 
     def finish(self) -> Path:
@@ -155,6 +158,7 @@ class CheckpointWriter:
             self._tidy({*self.headers, *self._small})
             if self._durable:
                 sync_folder(self.folder)
+            self._refuse_losses()
             self._refuse_existing("appeared while this merge ran")  # somebody else was faster
             os.rename(self.folder, self.out)
         if self._durable:
@@ -180,6 +184,13 @@ class CheckpointWriter:
     def _refuse_existing(self, found: str) -> None:
         if os.path.lexists(self.out):
             raise OutputError(found, where=str(self.out), todo="Choose another folder.")
+
+    def _refuse_losses(self) -> None:
+        """Make sure that all that was written is there: whoever cleans up may have removed or cut a file meanwhile."""
+        gone = [*(file for file in self.headers if not self.shard(file).sealed()),
+                *(name for name, nbytes in self._small_bytes.items() if _size(self.folder / name) != nbytes)]
+        if gone:
+            raise lost(self.folder / gone[0])
 
     def _take_name(self) -> None:
         for attempts_left in reversed(range(10)):
@@ -258,3 +269,11 @@ class CheckpointWriter:
         except OSError as error:
             kept = "what is finished is kept for --resume" if self._resume and self._sealed else "nothing was left behind"
             raise disk_error(error, self.out, kept) from error
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, -1 when there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

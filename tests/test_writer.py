@@ -250,3 +250,43 @@ def test_a_shard_that_nobody_made_is_not_made_by_opening_it(tmp_path):
     with pytest.raises(FileNotFoundError):
         Shard(tmp_path / "model.safetensors", b"", ()).open()
     assert snapshot(tmp_path) == {}
+
+
+LOSSES = {"removed": os.remove, "cut": lambda path: os.truncate(path, os.path.getsize(path) - 1),
+          "cut to its header": lambda path: os.truncate(path, 100), "emptied": lambda path: os.truncate(path, 0),
+          "made longer": lambda path: os.truncate(path, 9999)}
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("when", ["at the start", "half-way", "at the end"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("file", "limit"), [("model.safetensors", 10**9), (ONE, 60), (TWO, 60)])
+def test_a_shard_that_is_lost_while_others_are_written_is_noticed(tmp_path, file, limit, loss, when):
+    """Also one that is cut in the middle: what is written behind gives it its size again, with a hole."""
+    with pytest.raises(OutputError, match=r"model.* was removed or changed while it was written"), \
+            CheckpointWriter(tmp_path / "out", LAYOUT, limit) as writer:
+        for moment, name in zip(("at the start", "half-way", "", ""), ("a", "scalar", "count", LAYOUT[-1][0]), strict=True):
+            if moment == when:
+                LOSSES[loss](writer.folder / file)
+            writer.write(name, 0, np.ravel(VALUES[name]))
+            writer.done(name)
+        writer.done("none")
+        for sealed in writer._seals.values():
+            sealed.result()
+        if when == "at the end":
+            LOSSES[loss](writer.folder / file)
+        writer.finish()
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize("loss", ["removed", "cut", "emptied", "made longer"])
+@pytest.mark.parametrize("file", ["note.txt", "templates/note.txt"])
+def test_a_small_file_that_is_lost_is_noticed(tmp_path, file, loss):
+    with pytest.raises(OutputError, match=r"note\.txt was removed or changed"), \
+            CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
+        fill(writer)
+        writer.write_file(file, "words")
+        writer._small[file].result()
+        LOSSES[loss](writer.folder / file)
+        writer.finish()
+    assert snapshot(tmp_path) == {}
