@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -20,6 +21,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_REPLY_BYTES = 8 << 20
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 _LONGEST_WAIT_S = 60.0
+_TOO_LONG = re.compile(r"context (?:length|window)|too (?:large|long)", re.IGNORECASE)  # such a limit is known, but not kept
 T = TypeVar("T")
 
 
@@ -107,8 +109,12 @@ class Server:
         raise FusionError(f"no answer after {self.tries} tries ({reason})", where=self.base_url,
                           todo="Run the same command again later: it continues where it stopped.")
 
+    def fields(self, body: Mapping[str, object]) -> dict[str, object]:
+        """What is sent of a request: all that the server has not refused so far."""
+        return {name: value for name, value in body.items() if name not in self._refused}
+
     def _once(self, body: Mapping[str, object], optional: Collection[str], max_reply_bytes: int) -> bytes:
-        body = {name: value for name, value in body.items() if name not in self._refused}
+        body = self.fields(body)
         key = os.environ.get(KEY_VARIABLE, "")
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         request = urllib.request.Request(self.address, json.dumps(body).encode(), headers)
@@ -128,7 +134,7 @@ class Server:
             said = error.read(2000).decode("utf-8", "replace")
         if key:
             said = said.replace(key, "…")
-        odd = [name for name in optional if name in said]
+        odd = [] if _TOO_LONG.search(said) else [name for name in optional if name in said]
         if error.code == 400 and odd:  # some models know neither
             self._refused.update(odd)
             return Passing(f"it does not take {' and '.join(odd)}")

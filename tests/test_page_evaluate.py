@@ -27,8 +27,8 @@ from tests.test_page_inspect import choose, serious, served, visiting
 
 PATIENCE_MS = 120_000
 FORM = Form(models=["demo/pivot", "demo/target-qwen"], reference="demo/pivot", kind="domains", domains=["math", "stem"], prompts=5,
-            longest=64, text="", source="", pieces=10, questions="", endpoint="", judge="", mode="grades", name="judged", tasks="",
-            limit=5)
+            longest=64, text="", source="", pieces=10, questions="", endpoint="", judge="", mode="grades", name="judged",
+            answer_tokens=1024, verdict_tokens=2048, references="", tasks="", limit=5)
 JUDGED = replace(FORM, kind="judge", questions="What is 2 + 2?", endpoint="http://127.0.0.1:9/v1", judge="m")
 
 
@@ -102,7 +102,7 @@ def test_a_merge_in_memory_is_evaluated_and_is_nobody_elses(studio):
     assert done.settings["models"][merge.title] == f"{merge.title}, in memory"
     assert Recipe.from_yaml(done.details["recipes"][merge.title]) == studio.merge_recipe(merge.key)
     assert "# VARM #1 is only in memory: save it in Merge as varm-1 first\n" in found.command
-    assert found.command.endswith("evaluate outputs/varm-1 assets/demo/pivot --domains --prompts 5 --only math,stem "
+    assert found.command.endswith("evaluate ./outputs/varm-1 assets/demo/pivot --domains --prompts 5 --only math,stem "
                                   "--baseline assets/demo/pivot --out my-evaluation")
     with pytest.raises(RecipeError, match="unknown model"):
         asked(studio, form, now)  # another visitor

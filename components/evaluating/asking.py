@@ -15,13 +15,15 @@ from fusion.demo.domains import DOMAINS
 from fusion.demo.questions import questions as held_out
 from fusion.errors import Stopped
 from fusion.evaluate import harness, perplexity
+from fusion.evaluate.judge import MAX_NEW_TOKENS
 from fusion.progress import Work
 
 MAX_MODELS = 8
 MAX_TEXT = 200_000  # characters that may be pasted
 MODES = [("Grade every answer", "grades"), ("Compare in pairs, both orders", "pairs")]
 _PUBLIC_PROMPTS, _PROMPTS = 50, 200
-_MOST_TOKENS = 4096
+_MOST_TOKENS, _MOST_VERDICT_TOKENS = 4096, 131_072
+_PASTED = "references.jsonl"
 NONE = ""  # compared with nobody
 _HERE = "Run the app on your own machine."
 
@@ -44,6 +46,9 @@ class Form:
     judge: object
     mode: object
     name: object
+    answer_tokens: object
+    verdict_tokens: object
+    references: object
     tasks: object
     limit: object
 
@@ -213,15 +218,32 @@ def _perplexity(studio: Studio, form: Form):
 def _judge(studio: Studio, form: Form):
     text = _text(form.questions, "Prompts")
     questions = evaluate.questions_from_text(text, "Prompts")
-    endpoint = evaluate.Endpoint(_text(form.endpoint, "Endpoint").strip(), _text(form.judge, "Judge").strip())
+    longest = _whole(form.answer_tokens, "Longest answer", 1, _MOST_TOKENS)
+    endpoint = evaluate.Endpoint(_text(form.endpoint, "Endpoint").strip(), _text(form.judge, "Judge").strip(),
+                                 max_tokens=_whole(form.verdict_tokens, "Longest verdict", 1, _MOST_VERDICT_TOKENS))
     if form.mode not in dict(MODES).values():
         raise RecipeError(f"unknown kind of verdicts {str(form.mode)[:40]!r}", where="Verdicts", todo="Pick one of the list.")
     out, pairwise = studio.output_folder(form.name), form.mode == "pairs"
     file = "question.jsonl" if text.lstrip().startswith("{") else "prompts.txt"
-    words = ["--judge", file, "--endpoint", endpoint.base_url, "--judge-model", endpoint.model, *["--pairwise"] * pairwise]
-    notes = [f"with the prompts above saved as {file} and the key in OPENAI_API_KEY"]
-    return (lambda models, baseline: evaluate.by_judge(models, questions, endpoint, out, pairwise=pairwise, baseline=baseline),
-            words, notes)
+    questions, said = _references(questions, form, endpoint)
+    words = ["--judge", file, "--endpoint", endpoint.base_url, "--judge-model", endpoint.model, *["--pairwise"] * pairwise,
+             *(["--references", said] if said else []),
+             *(["--max-new-tokens", str(longest)] if longest != MAX_NEW_TOKENS else []),
+             *(["--judge-max-tokens", str(endpoint.max_tokens)] if endpoint.max_tokens != evaluate.Endpoint.max_tokens else [])]
+    notes = [f"with the prompts above saved as {file}{f', the references as {said}' * (said == _PASTED)} "
+             "and the key in OPENAI_API_KEY"]
+    return (lambda models, baseline: evaluate.by_judge(models, questions, endpoint, out, pairwise=pairwise, baseline=baseline,
+                                                       max_new_tokens=longest), words, notes)
+
+
+def _references(questions: list, form: Form, endpoint: evaluate.Endpoint) -> tuple[list, str]:
+    """The questions with the references that were pasted, or that lie where the person says; and the file's name in a command."""
+    text = _text(form.references, "References").strip()
+    if not text:
+        return questions, ""
+    if text.startswith("{"):
+        return evaluate.with_pasted_references(questions, text, "References"), _PASTED
+    return evaluate.with_references(questions, text, endpoint.model), text
 
 
 def _lm_eval(studio: Studio, form: Form):

@@ -9,6 +9,8 @@ import gradio as gr
 from components.evaluating import asking
 from components.state import Selection
 from components.studio import Studio
+from fusion.evaluate import Endpoint
+from fusion.evaluate.judge import MAX_NEW_TOKENS
 
 _JUDGE_HINT = ("<p class='fs-hint'>Prompts, references and answers are sent to that address. A key is read from the environment "
                "variable OPENAI_API_KEY of this app, never typed here.</p>")
@@ -107,8 +109,16 @@ def _judge(studio: Studio) -> list:
         mode = gr.Radio(asking.MODES, value="grades", label="Verdicts", elem_id="evaluate-mode", scale=3, min_width=200)
         name = gr.Textbox("my-evaluation", label="Save as", max_lines=1, max_length=64, elem_id="evaluate-name", scale=2,
                           min_width=140, info=f"A new folder in {studio.outputs.name}/")
+    with gr.Row():
+        answer = gr.Number(MAX_NEW_TOKENS, precision=0, minimum=1, label="Longest answer", scale=1, min_width=140,
+                           elem_id="evaluate-answer-tokens", info="In tokens, of the models.")
+        verdict = gr.Number(Endpoint.max_tokens, precision=0, minimum=1, label="Longest verdict", scale=1, min_width=140,
+                            elem_id="evaluate-verdict-tokens", info="In tokens; a reasoning judge needs more.")
+        references = gr.Textbox(label="References (optional)", lines=1, max_lines=8, max_length=asking.MAX_TEXT, scale=2,
+                                min_width=200, elem_id="evaluate-references", placeholder="data/mt_bench/reference_answer",
+                                info="A folder or file of reference answers, or its lines.")
     gr.HTML(_JUDGE_HINT, padding=False)
-    return [questions, endpoint, judge, mode, name]
+    return [questions, endpoint, judge, mode, name, answer, verdict, references]
 
 
 def _lm_eval(studio: Studio) -> list:

@@ -25,6 +25,8 @@ def add(command) -> None:
     what.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-eval, separated by commas, when it is installed")
     sub.add_argument("--endpoint", metavar="URL", help="the judge's OpenAI-compatible address; its key is in OPENAI_API_KEY")
     sub.add_argument("--judge-model", metavar="M", help="the judge's name at that address")
+    sub.add_argument("--judge-max-tokens", type=int, metavar="N", help="the judge's longest reply (2048 tokens)")
+    sub.add_argument("--references", metavar="DIR", help="reference answers: MT-Bench's reference_answer, or a file of it")
     sub.add_argument("--pairwise", action="store_true", help="judge pairs in both orders (with the baseline, else all) not grades")
     sub.add_argument("--prompts", type=int, metavar="N",
                      help="so many prompts per domain (default 100), pieces of data, questions, questions per task (default all)")
@@ -53,15 +55,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("prompts", "max_new_tokens"):
+    for name in ("prompts", "max_new_tokens", "judge_max_tokens"):
         if (given := getattr(options, name)) is not None and given < 1:
             raise RecipeError(f"--{name.replace('_', '-')} is {given}", todo="Give a whole number from 1 on.")
     if options.judge and not (options.endpoint and options.judge_model and options.out):
         raise RecipeError("a judge needs --endpoint, --judge-model and --out", where="--judge")
     if options.only is not None and (options.perplexity or options.lm_eval or options.judge):
         raise RecipeError("--only chooses among the eight domains", todo="Leave it out.")
-    if not options.judge and (options.endpoint or options.judge_model or options.pairwise):
-        raise RecipeError("--endpoint, --judge-model and --pairwise belong to a judge", todo="Add --judge QUESTIONS.")
+    theirs = ("endpoint", "judge_model", "pairwise", "judge_max_tokens", "references")
+    if not options.judge and (odd := [f"--{name.replace('_', '-')}" for name in theirs if getattr(options, name)]):
+        raise RecipeError(f"only a judge has {' and '.join(odd)}", todo="Add --judge QUESTIONS.")
 
 
 def _work(options: argparse.Namespace, models: dict[str, str], baseline: str | None) -> Work[Evaluation]:
@@ -75,7 +78,10 @@ def _work(options: argparse.Namespace, models: dict[str, str], baseline: str | N
         return evaluate.by_lm_eval(models, names, baseline=baseline, limit=options.prompts)
     if options.judge:
         asked = evaluate.load_questions(options.judge, options.prompts)
-        judge = evaluate.Endpoint(options.endpoint, options.judge_model)
+        if options.references:
+            asked = evaluate.with_references(asked, options.references, options.judge_model)
+        words = {"max_tokens": options.judge_max_tokens} if options.judge_max_tokens else {}
+        judge = evaluate.Endpoint(options.endpoint, options.judge_model, **words)
         return evaluate.by_judge(models, asked, judge, options.out, pairwise=options.pairwise, baseline=baseline, **longest)
     from fusion.demo.questions import questions
 

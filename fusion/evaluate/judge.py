@@ -14,37 +14,29 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
-from fusion.errors import CheckpointError, RecipeError
+from fusion.endpoint import Refused
+from fusion.errors import RecipeError
 from fusion.evaluate import rubric
 from fusion.evaluate.answering import Answer, answer
 from fusion.evaluate.endpoint import Endpoint
 from fusion.evaluate.ledger import Ledger
 from fusion.evaluate.models import Lent, Models, lend
+from fusion.evaluate.questions import JudgeQuestion
 from fusion.evaluate.scores import Scores
 from fusion.progress import Meter, Work
 
 MAX_NEW_TOKENS = 1024
-MAX_TURNS = 8
 _MOST_REPLIES = 3  # to one request, as long as none holds a verdict
+_ONE_REQUEST = {400, 413, 422}  # what a server says to a single request that it does not take, such as one too long for its model
 _WAKE_S, _GRACE_S = 0.5, 1.0
-
-
-@dataclass(frozen=True)
-class JudgeQuestion:
-    """One question of MT-Bench's format: its turns, its category, and reference answers for some of the turns."""
-
-    question_id: str
-    category: str
-    turns: tuple[str, ...]
-    references: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,55 +51,6 @@ class _Request:
     def pairwise(self) -> bool:
         """Whether a winner is asked for, not a grade."""
         return "first" in self.facts
-
-
-def load_questions(path: str | Path, limit: int | None = None) -> list[JudgeQuestion]:
-    """Read question.jsonl (question_id, category, turns, reference), or a .txt file with a question in every line.
-
-    CheckpointError, RecipeError with the line.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot be read ({error})", where=str(path)) from error
-    return _collected(lines, str(path), limit, plain=Path(path).suffix == ".txt")
-
-
-def questions_from_text(text: str, where: str = "questions") -> list[JudgeQuestion]:
-    """Questions as people paste them: one in every line, or MT-Bench's question.jsonl; RecipeError with the line."""
-    return _collected(text.splitlines(), where, None, plain=not text.lstrip().startswith("{"))
-
-
-def _collected(lines: Iterable[str], where: str, limit: int | None, plain: bool) -> list[JudgeQuestion]:
-    found: dict[str, JudgeQuestion] = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip() and (limit is None or len(found) < limit):
-            place = f"{where} line {number}"
-            question = JudgeQuestion(str(number), "all", (line.strip(),)) if plain else _question(line, place)
-            if question.question_id in found:
-                raise RecipeError(f"the question_id {question.question_id!r} occurs twice", where=place)
-            found[question.question_id] = question
-    if not found:
-        raise RecipeError("there is no question in it", where=where)
-    return list(found.values())
-
-
-def _question(line: str, where: str) -> JudgeQuestion:
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RecipeError("not valid JSON", where=where) from error
-    data = data if isinstance(data, dict) else {}
-    name, category, turns = data.get("question_id"), data.get("category", "all"), data.get("turns")
-    references = data.get("reference") or []
-    if isinstance(name, bool) or not isinstance(name, int | str) or not isinstance(category, str) or not category.strip():
-        raise RecipeError("question_id or category is missing", where=where, todo="Use MT-Bench's question.jsonl format.")
-    for field, texts in (("turns", turns), ("reference", references)):
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise RecipeError(f"{field} is not a list of texts", where=where, todo="Use MT-Bench's question.jsonl format.")
-    if not 1 <= len(turns) <= MAX_TURNS or not all(turn.strip() for turn in turns):
-        raise RecipeError(f"turns has {len(turns)} entries, or an empty one", where=where, todo=f"Give 1 to {MAX_TURNS} turns.")
-    return JudgeQuestion(str(name), category, tuple(turns), tuple(references))
 
 
 def plan(fingerprints: Mapping[str, str], questions: Sequence[JudgeQuestion], endpoint: Endpoint, pairs: Sequence[tuple[str, str]],
@@ -168,7 +111,8 @@ def _turns(name: str, ref: str | Lent, questions: Sequence[JudgeQuestion], ledge
         def keep(number: int, given: Answer, turn: int = turn, wanted: list[JudgeQuestion] = wanted) -> None:
             own = wanted[number].question_id
             ledger.add(_key("answer", name, own, turn), {"model": name, "question_id": own, "turn": turn, "text": given.text,
-                                                         "finish": given.finish, "tokens": given.tokens})
+                                                         "finish": given.finish, "tokens": given.tokens,
+                                                         **({"thought": given.thought} if given.thought else {})})
         yield from answer(model, conversations, max_new_tokens, Meter(f"Answering, turn {turn}", len(wanted), "questions"), keep)
 
 
@@ -201,9 +145,9 @@ def _comparisons(questions: Sequence[JudgeQuestion], pairs: Sequence[tuple[str, 
 
 
 def _verdicts(requests: Sequence[_Request], endpoint: Endpoint, ledger: Ledger) -> Work[None]:
-    """Ask for all verdicts that are missing, several at once; the first that is refused ends the work."""
+    """Ask for all verdicts that are missing, several at once; an error that concerns all of them ends the work."""
     stop, meter = threading.Event(), Meter("Judging", len(requests), "verdicts")
-    left, news = queue.SimpleQueue(), queue.SimpleQueue()
+    left, news, refused = queue.SimpleQueue(), queue.SimpleQueue(), []
     for request in requests:
         left.put(request)
     # Daemons: a reply that takes minutes must not keep a person waiting who has asked to stop.
@@ -215,22 +159,33 @@ def _verdicts(requests: Sequence[_Request], endpoint: Endpoint, ledger: Ledger) 
         yield meter.step()
         while meter.done < len(requests):
             try:
-                failed = news.get(timeout=_WAKE_S)
+                ended = news.get(timeout=_WAKE_S)
             except queue.Empty:
                 yield meter.step()
                 continue
-            if failed is not None:
-                raise failed
+            if isinstance(ended, Exception):
+                raise ended
+            refused += [ended] if ended else []
             yield meter.step(1)
     finally:
         stop.set()
         until = time.monotonic() + _GRACE_S
         for worker in filter(threading.Thread.is_alive, workers):
             worker.join(max(0.0, until - time.monotonic()))
+    _keep_refused(refused, ledger)
+
+
+def _keep_refused(refused: Sequence[tuple[_Request, Refused]], ledger: Ledger) -> None:
+    """Requests that the server alone does not take have no verdict; when it takes none at all, its words are an error."""
+    if refused and not any("verdict" in record for record in ledger.records.values()):
+        raise refused[0][1]
+    for request, error in refused:
+        ledger.add(request.key, {**request.facts, "verdict": None, "reply": "", "asked": 1, "ended": f"HTTP {error.status}"})
 
 
 def _work(left: queue.SimpleQueue, news: queue.SimpleQueue, endpoint: Endpoint, ledger: Ledger, stop: threading.Event) -> None:
-    """Take requests until there are none; report None for each that was judged, or the error that ends the work."""
+    """Take requests until there are none; report None for each that was judged, (request, Refused) for one that the server
+    does not take, or the error that ends the work."""
     while not stop.is_set():
         try:
             request = left.get_nowait()
@@ -238,6 +193,9 @@ def _work(left: queue.SimpleQueue, news: queue.SimpleQueue, endpoint: Endpoint, 
             return
         try:
             _verdict(request, endpoint, ledger, stop)
+        except Refused as error:
+            news.put((request, error) if error.status in _ONE_REQUEST else error)
+            continue
         except Exception as error:
             news.put(error)
             return
@@ -245,12 +203,34 @@ def _work(left: queue.SimpleQueue, news: queue.SimpleQueue, endpoint: Endpoint, 
 
 
 def _verdict(request: _Request, endpoint: Endpoint, ledger: Ledger, stop: threading.Event) -> None:
+    """Ask until there is a verdict; a reply that was cut or holds no words has none, and would end alike again."""
     read = rubric.winner if request.pairwise else rubric.grade
-    verdict, replies = None, []
-    while verdict is None and len(replies) < _MOST_REPLIES:
-        replies.append(endpoint.ask(request.messages, stop))
-        verdict = read(replies[-1])
-    ledger.add(request.key, {**request.facts, "verdict": verdict, "reply": replies[-1], "asked": len(replies)})
+    verdict, whole, asked = None, True, 0
+    while verdict is None and whole and asked < _MOST_REPLIES:
+        said, asked = endpoint.reply(request.messages, stop), asked + 1
+        whole = said.finish != "length" and bool(said.text.strip())
+        verdict = read(said.text) if whole else None
+    ledger.add(request.key, {**request.facts, "verdict": verdict, "reply": said.text, "asked": asked, "ended": said.finish})
+
+
+def missing(ledger: Ledger, max_tokens: int) -> str:
+    """How many verdicts are missing and why, in a sentence; "" when there are none."""
+    judged = [record for record in ledger.records.values() if "verdict" in record]
+    why = Counter(_why(record, max_tokens) for record in judged if record["verdict"] is None)
+    if not why:
+        return ""
+    kinds = ", ".join(f"{count} {reason}" for reason, count in why.items())
+    advice = " Let the judge write longer replies." if any(reason.startswith("cut off") for reason in why) else ""
+    return f"{sum(why.values())} of {len(judged)} verdicts are missing and count nowhere: {kinds}.{advice}"
+
+
+def _why(record: Mapping[str, object], max_tokens: int) -> str:
+    ended = str(record.get("ended", ""))
+    if ended == "length":
+        return f"cut off at {max_tokens:,} tokens"
+    if ended.startswith("HTTP"):
+        return f"refused by the server ({ended})"
+    return "without a verdict in it" if str(record["reply"]).strip() else "empty"
 
 
 def _items(questions: Sequence[JudgeQuestion]) -> list[tuple[JudgeQuestion, int]]:

@@ -9,6 +9,7 @@ from fusion.evaluate import harness, judge, perplexity, tasks
 from fusion.evaluate.endpoint import Endpoint
 from fusion.evaluate.ledger import Ledger
 from fusion.evaluate.models import Models, fingerprints, written
+from fusion.evaluate.questions import JudgeQuestion
 from fusion.evaluate.report import Evaluation, refuse_existing, write
 from fusion.evaluate.tables import from_scores
 from fusion.progress import Work
@@ -34,7 +35,7 @@ def by_perplexity(models: Models, data: str | perplexity.Data, *, baseline: str 
                       from_scores(scores, baseline, digits=4, notes=notes), scores, tuple(records), details)
 
 
-def by_judge(models: Models, questions: Sequence[judge.JudgeQuestion], endpoint: Endpoint, out: str | os.PathLike, *,
+def by_judge(models: Models, questions: Sequence[JudgeQuestion], endpoint: Endpoint, out: str | os.PathLike, *,
              pairwise: bool = False, baseline: str | None = None, max_new_tokens: int = judge.MAX_NEW_TOKENS) -> Work[Evaluation]:
     """Grades by a judge, or pairs in both orders; writes the new folder `out`.
 
@@ -48,6 +49,7 @@ def by_judge(models: Models, questions: Sequence[judge.JudgeQuestion], endpoint:
         details = {"position_bias": judge.position_bias(questions, pairs, ledger)} if pairs else {}
         notes = ("A judge grades the same answers differently from one time to the next, by up to 0.2 on average; that is not in "
                  "the brackets.",) if not pairs else ("Where the order of the two answers decided, it is a tie.",)
+        notes += tuple(filter(None, [judge.missing(ledger, endpoint.max_tokens)]))
         records = tuple({name: value for name, value in record.items() if name != "key"} for record in ledger.records.values())
         table = from_scores(scores, None if pairs else baseline, digits=1 if pairs else 2, notes=notes)
         settings = {**plan, "models": written(models), "fingerprints": plan["models"], "sampling": "greedy"}
