@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from fusion.align.surface import surface, tokenizer_kind
+from fusion.align.surface import surfaces
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError, MismatchError
 from fusion.files import read_json
@@ -57,13 +57,13 @@ class Tokens:
                 if isinstance(token, dict) and "content" in token}
 
     @cached_property
-    def kind(self) -> str:
-        """How the vocabulary writes spaces; see `align.surface`."""
-        return tokenizer_kind(self.ids)
+    def texts(self) -> Mapping[str, str]:
+        """The text of every token; see `align.surface`."""
+        return surfaces(self.ids, self.added)
 
     def text(self, token: str) -> str:
         """The text that a token stands for; bytes that are no whole character are lone surrogates."""
-        return token if token in self.added else surface(token, self.kind)
+        return self.texts[token]
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -20,6 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from fusion.align.surface import byte_piece
 from fusion.anatomy import place
 from fusion.checkpoint import Checkpoint, resized
 from fusion.dtypes import ITEM_BYTES
@@ -30,7 +31,6 @@ from fusion.view import View
 
 MODES = ("", "pivot", "common", "union")
 _POSITIONS = re.compile(r"wpe|position")
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _PADDING = 128  # vocabularies are padded to multiples of at most this
 
 
@@ -181,7 +181,7 @@ def _counterparts(pivot: Tokens, tokens: Tokens) -> dict[int, int]:
     found = {number: tokens.ids[token] for token, number in pivot.ids.items() if token in tokens.ids}
     taken = set(found.values())
     rest = sorted((token for token in tokens.ids if tokens.ids[token] not in taken),
-                  key=lambda token: (not _BYTE.fullmatch(token), -tokens.ids[token]))  # a byte's name gives way, then the higher id
+                  key=lambda token: (byte_piece(token) is None, -tokens.ids[token]))  # a byte's name gives way, then the higher id
     free = {tokens.text(token): tokens.ids[token] for token in rest}
     for token, number in pivot.ids.items():
         other = free.get(pivot.text(token)) if free and number not in found else None

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 from fusion import MismatchError, RecipeError, demo
 from fusion.distill.dialogues import Dialogue
 from fusion.distill.encoding import Encoded, Encoder
+from fusion.distill.spelling import Vocabulary
 from fusion.distill.store import Rows
-from fusion.distill.targets import Blend, Vocabulary
+from fusion.distill.targets import Blend
 from fusion.distill.view import Group, grouped, token_links, view
 
 TALK = Dialogue((("Tell me something.", "The farmer cross over the old bridge."),))
@@ -38,7 +39,7 @@ class Scripted:
         said = [self._says(int(token)) for token in its.targets]
         count = len(said)
         return Rows(np.array([[i for i, _ in one] for one in said], np.int32),
-                    np.log(np.array([[p for _, p in one] for one in said])).astype(np.float32), np.zeros(count, np.float32),
+                    np.log(np.array([[p for _, p in one] for one in said])).astype(np.float32),
                     np.full(count, self._nats, np.float32))
 
 
@@ -83,15 +84,16 @@ def test_a_scripted_dialogue_is_followed_through(scripted):
     assert texts(seen, seen.groups[-1]) == ("<|end|>", "</s>") and seen.positions[-1].token.mark
     far, mer = seen.positions[1], seen.positions[2]
     assert (far.source, mer.source) == (1, -1)
-    # of 0.54 and 0.36 the second has no pivot token: 0.4 of the source's words are lost, the rest becomes 1
+    # of 0.54 and 0.36 the second has no pivot token: 0.4 of the source's words are lost, the rest keeps its mass
     word = far.heard[0]
     assert (word.text, round(word.chance, 4), word.becomes, word.kept) == (" f", 0.6, " f", True)
     assert far.heard[1].becomes is None and far.lost == pytest.approx(0.4)
-    assert [(entry.text, round(entry.chance, 6), entry.gold) for entry in far.mapped] == [(" f", 1, False)]
+    assert [(entry.text, round(entry.chance, 6), entry.gold) for entry in far.mapped] == [(" f", 0.54, False)]
+    assert (far.read, far.kept) == pytest.approx((0.9, 0.54), abs=1e-6)
     assert [(entry.text, entry.gold) for entry in far.pivot] == [(" far", True)]
-    # 16 labels at half a nat against 17 at a quarter, over 37 letters and the end
-    assert far.deciding == pytest.approx((16 * 0.5 / 38, 17 * 0.25 / 38), rel=1e-5)
-    assert far.chosen == 1 and far.fused == far.mapped
+    # 16 labels at half a nat against 17 at a quarter, for the same text, which has 16 tokens of the pivot
+    assert far.deciding == pytest.approx((0.5, 17 * 0.25 / 16), rel=1e-5)
+    assert far.chosen == 1 and [(entry.text, round(entry.chance, 6)) for entry in far.fused] == [(" f", 0.54)]
     # " far|mer" and " f|arm|er" end together: three source tokens paid for two of the pivot's, but not for "mer" alone
     assert mer.chosen == 0 and mer.mapped == () and mer.fused == mer.pivot and mer.nats[1] is None and mer.lost == 0
     # "s|s" against "ss", which the pivot does not have: all is lost there, so its own word stays
@@ -99,6 +101,7 @@ def test_a_scripted_dialogue_is_followed_through(scripted):
     assert (s.token.text, seen.tokens[s.source].text, s.mapped, s.chosen) == ("s", "ss", (), 0) and s.lost == pytest.approx(1)
     # 14 of 16 places are reached by both at once (not "mer" and the second "s"), one of them in vain
     assert seen.taken == seen.carried == 13 / 16 and seen.lost == pytest.approx((13 * 0.4 + 1) / 14)
+    assert (seen.read, seen.kept, seen.emptied, seen.unwritten) == pytest.approx((0.9, 13 * 0.54 / 14, 1 / 14, 0), abs=1e-6)
 
 
 def test_what_the_pivot_writes_otherwise_is_followed_through(scripted):
@@ -108,13 +111,29 @@ def test_what_the_pivot_writes_otherwise_is_followed_through(scripted):
     heard = [(word.text, word.becomes, word.kept, word.respelt) for word in far.heard]
     assert heard == [(" f", " f", True, False), ("Wh", "W", True, True)]
     assert (far.lost, seen.lost) == (0, 0) and far.respelt == pytest.approx(0.4)
-    # " far" is " f|arm" to NeoX at a quarter nat each, e^-0.5 = 0.607, of which " f" has 0.6 to give
-    assert far.pieces == (" f", "arm") and mer.pieces == ()
-    assert [(entry.text, round(entry.chance, 6), entry.gold) for entry in far.mapped] == [(" far", 0.6, True), ("W", 0.4, False)]
-    # "s|s" against "ss": the true token counts for "s"
-    s = seen.positions[5]
-    assert [(entry.text, round(entry.chance, 6), entry.gold) for entry in s.mapped] == [("s", 0.6, True), ("W", 0.4, False)]
-    assert seen.taken == seen.carried == 14 / 16 and seen.respelt == pytest.approx((13 * 0.4 + 1) / 14)
+    # " far" is " f|arm" to NeoX: of " f" (0.54) it goes on with "arm" at a quarter nat
+    given = 0.54 * np.exp(-0.25)
+    assert far.pieces == (" f", "arm")
+    assert [(entry.text, entry.gold) for entry in far.mapped] == [(" far", True), ("W", False), (" f", False)]
+    assert [entry.chance for entry in far.mapped] == pytest.approx([given, 0.36, 0.54 - given], abs=1e-6)
+    # "mer" begins inside "arm", where " far" is written: "Wh" cannot be, so "arm" has all 0.9; its "m" goes on with "er"
+    assert (mer.source, mer.inside, mer.pieces) == (2, True, ("arm", "er")) and (far.inside, far.source) == (False, 1)
+    assert [(word.text, word.chance, word.becomes) for word in mer.heard] == [("arm", 1.0, "m")]
+    assert [(entry.text, entry.gold) for entry in mer.mapped] == [("mer", True), ("m", False)]
+    assert [entry.chance for entry in mer.mapped] == pytest.approx([0.9 * np.exp(-0.25), 0.9 * (1 - np.exp(-0.25))], abs=1e-6)
+    # "s|s" against "ss": the true token counts for "s", and for the second "s" once the first is written
+    first, second = seen.positions[5], seen.positions[6]
+    assert [(entry.text, round(entry.chance, 6), entry.gold) for entry in first.mapped] == [("s", 0.54, True), ("W", 0.36, False)]
+    assert [(entry.text, round(entry.chance, 6)) for entry in second.mapped] == [("s", 0.9)] and second.inside
+    assert seen.taken == seen.carried == 1 and seen.respelt == pytest.approx((13 * 0.4 + 1 + 2) / 16)
+    assert (seen.read, seen.kept, seen.emptied, seen.unwritten) == pytest.approx((0.9, 0.9, 0, 0), abs=1e-6)
+
+
+def test_kept_entries_may_be_made_to_sum_to_one(scripted):
+    for mapping, entries in (("exact", {" f": 1}), ("spelling", {" far": 0.6 * np.exp(-0.25), "W": 0.4,
+                                                                 " f": 0.6 * (1 - np.exp(-0.25))})):
+        far = view(*scripted, TALK, Blend(mapping=mapping, tail="renormalise")).positions[1]
+        assert {entry.text: entry.chance for entry in far.mapped} == pytest.approx(entries, abs=1e-6)
 
 
 def test_the_pivot_stays_where_it_knows_better(scripted):
@@ -126,7 +145,9 @@ def test_the_pivot_stays_where_it_knows_better(scripted):
 
 def test_a_mixture_and_a_warp_can_be_looked_at(scripted):
     seen = view(*scripted, TALK, Blend(rule="avgce", alignment="warp", mapping="statistics", level="token"))
-    assert sum(entry.chance for entry in seen.positions[0].fused) == pytest.approx(1, abs=1e-4)
+    mine, theirs = (np.exp(np.exp(-nats)) for nats in (0.5, 0.25))  # of the pivot 1, of the source 0.54 is kept
+    expected = (mine + theirs * 0.54) / (mine + theirs)
+    assert sum(entry.chance for entry in seen.positions[0].fused) == pytest.approx(expected, abs=1e-4)
     assert json.loads(json.dumps(seen.to_dict(), allow_nan=False))["names"] == ["pivot", "source"]
 
 

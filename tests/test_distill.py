@@ -215,6 +215,39 @@ def test_sparse_equals_dense(kind):
     assert torch.allclose(*(torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (found, wanted)), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["ce", "kl"])
+def test_the_tail_is_one_outcome_of_a_coarser_partition(kind):
+    """Dense autograd over {kept tokens, any other}: empty places anywhere, no tail, all tail, a student that is sure."""
+    torch.manual_seed(3)
+    logits = (torch.randn(7, 11, dtype=torch.float64) * 3).requires_grad_()
+    with torch.no_grad():
+        logits[6, 2] += 60.0  # 1 − q is 0 in float32 there
+    ids = torch.stack([torch.randperm(11)[:4] for _ in range(7)])
+    ids[1, 2:], ids[2], ids[3, 0], ids[6, 0] = -1, -1, -1, 2
+    mass = torch.tensor([0.3, 0.6, 0.0, 0.5, 1.0, 0.999, 0.7], dtype=torch.float64)
+    chances = torch.where(ids < 0, 0, torch.rand(7, 4, dtype=torch.float64))
+    chances = chances / chances.sum(1, keepdim=True).clamp_min(1e-9) * mass[:, None]
+    q, wanted = logits.softmax(1), []
+    for row in range(7):
+        known = [int(i) for i in ids[row] if i >= 0]
+        parts = [(chances[row, k], q[row, int(i)]) for k, i in enumerate(ids[row]) if i >= 0]
+        if known and mass[row] < 1:
+            parts.append((1 - mass[row], q[row, [i for i in range(11) if i not in known]].sum()))
+        entropy = sum(torch.special.xlogy(p, p) for p, _ in parts) if kind == "kl" else 0
+        wanted.append(sum((-p * its.log() for p, its in parts), logits[row].sum() * 0) + entropy)
+    found = sparse_divergence(logits, ids, chances, kind)
+    assert torch.allclose(found.double(), torch.stack(wanted), rtol=1e-5, atol=1e-5)
+    mine, theirs = (torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (found, torch.stack(wanted)))
+    assert torch.allclose(mine, theirs, atol=1e-6)
+
+
+def test_a_target_that_names_every_token_has_no_tail():
+    logits = torch.randn(2, 3, requires_grad=True)
+    loss = sparse_divergence(logits, torch.arange(3).expand(2, 3), torch.tensor([[0.5, 0.2, 0.2], [0.5, 0.3, 0.2]]))
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert loss.isfinite().all() and gradient.isfinite().all()
+
+
 def test_a_teacher_that_is_sure_of_the_gold_label_teaches_plain_fine_tuning():
     logits, _, _ = case()
     gold = torch.tensor([1, 2, 3, 4])

@@ -129,7 +129,8 @@ def position(**changes) -> Position:
     basis = {"token": Token("go", False, 0), "source": 0, "pivot": entries, "mapped": entries[:2], "fused": entries[:2],
              "heard": (Heard("x", 0.45, "x", True, False), Heard("xy", 0.3, "x", True, True),
                        Heard(HOSTILE, 0.25, None, False, False)),
-             "lost": 0.25, "chosen": 1, "deciding": (0.5, 0.25), "nats": (1.0, None), "pieces": ("g", HOSTILE)}
+             "lost": 0.25, "chosen": 1, "deciding": (0.5, 0.25), "nats": (1.0, None), "pieces": ("g", HOSTILE),
+             "read": 0.9, "kept": 0.8, "unwritten": 0.05}
     return Position(**{**basis, **changes})
 
 
@@ -141,15 +142,20 @@ def test_the_figure_gets_plain_data_with_the_true_token_and_what_was_lost():
     assert its["respelt"] == [{"text": "xy", "chance": 0.3, "becomes": "x"}] and its["other"] == 1.55
     assert (data["source"]["letter"], its["nats"], its["pieces"]) == ("B", [1.0, None], ("g", HOSTILE))
     assert data["facts"][-1] == {"value": "30.0%", "text": "of its words Pivot writes in other tokens"}
+    assert [(fact["value"], fact["text"]) for fact in data["facts"][3:6]] == [
+        ("80.0%", "of its mass is kept, 90.0% was read"),
+        ("0%", "of the places that hear it are empty: less than half of its words was kept"),
+        ("5.0%", "of its mass is on tokens that Pivot never writes")]
     lossy = payload(seen(position(), mapping="exact"))["facts"][-1]
     assert lossy == {"value": "25.0%", "text": "of its words are lost between the vocabularies"}
 
 
 @pytest.mark.parametrize(("changes", "blend", "words"), [
-    ({}, {}, "CE over the dialogue: Pivot 0.500, NeoX 0.250 nats per character. MinCE takes the lower: NeoX's"),
+    ({}, {}, "CE over the dialogue: Pivot 0.500, NeoX 0.250 nats per token of Pivot. MinCE takes the lower: NeoX's"),
     ({"chosen": 0, "deciding": (0.1, 0.2)}, {"level": "turn"}, "over this reply: Pivot 0.100, NeoX 0.200"),
     ({}, {"rule": "avgce", "level": "token"}, "on this token: Pivot 0.500, NeoX 0.250 nats. AvgCE mixes both"),
-    ({"source": -1}, {}, "in the middle of a token"), ({"mapped": ()}, {}, "None of the tokens"),
+    ({"source": -1}, {}, "in the middle of a token"), ({"mapped": ()}, {}, "Less than half"),
+    ({"inside": True}, {}, "Pivot is inside a token of NeoX here"),
     ({"deciding": (0.5, None)}, {"level": "token"}, "cannot be told")])
 def test_why_a_model_was_chosen(changes, blend, words):
     its = position(**changes)

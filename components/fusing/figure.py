@@ -54,9 +54,12 @@ def _facts(seen: AlignmentView) -> list[dict]:
     words = {"value": f"{seen.lost:.1%}", "text": "of its words are lost between the vocabularies"}
     if seen.blend.mapping == "spelling":
         words = {"value": f"{seen.respelt:.1%}", "text": f"of its words {seen.names[0]} writes in other tokens"}
+    mass = {"value": f"{seen.kept:.1%}", "text": f"of its mass is kept, {seen.read:.1%} was read"}
     return [{"value": f"{len(seen.positions)} : {len(seen.tokens)}", "text": "tokens of the pivot and of the source"},
             {"value": share(seen.carried), "text": "of the pivot's places can hear the source"},
-            {"value": share(seen.taken), "text": f"are taught by {seen.names[1]}"}, words]
+            {"value": share(seen.taken), "text": f"are taught by {seen.names[1]}"}, mass,
+            {"value": share(seen.emptied), "text": "of the places that hear it are empty: less than half of its words was kept"},
+            {"value": f"{seen.unwritten:.1%}", "text": f"of its mass is on tokens that {seen.names[0]} never writes"}, words]
 
 
 def _position(its: Position, seen: AlignmentView) -> dict:
@@ -87,14 +90,16 @@ def reason(its: Position, seen: AlignmentView) -> str:
     if its.source < 0:
         return f"{source} is in the middle of a token here and predicts nothing at this place: {pivot}'s own distribution stays."
     if not its.mapped:
-        return f"None of the tokens {source} expects has a counterpart: {pivot}'s own distribution stays."
+        return f"Less than half of what {source} expects has a counterpart: {pivot}'s own distribution stays."
     mine, theirs = its.deciding
     if mine is None or theirs is None:
         return f"{source}'s loss on this token alone cannot be told, its tokens end elsewhere: {pivot}'s own distribution stays."
     where = {"dialogue": "over the dialogue", "turn": "over this reply"}.get(seen.blend.level, "on this token")
-    unit = "nats per character" if seen.blend.per_character and seen.blend.level != "token" else "nats"
+    unit = f"nats per token of {pivot}" if seen.blend.per_character and seen.blend.level != "token" else "nats"
     numbers = f"CE {where}: {pivot} {mine:.3f}, {source} {theirs:.3f} {unit}."
     winner = source if its.chosen else pivot
+    if its.inside:
+        numbers = f"{pivot} is inside a token of {source} here: of what it expected there, that which goes on so. {numbers}"
     if seen.blend.rule == "avgce":
         return f"{numbers} AvgCE mixes both by softmax(exp(−CE)); {winner} weighs more."
     return f"{numbers} MinCE takes the lower: {winner}'s."

@@ -8,10 +8,10 @@
 Tokens are compared by their *surface*, the text a token stands for, whatever marks its tokenizer uses.
 """
 
-from fusion.align.remap import remap, tell
+from fusion.align.remap import LEAST, gathered, looked_up, remap, tell
 from fusion.align.sequence import Alignment, by_offsets, warp
-from fusion.align.surface import surface, tokenizer_kind
-from fusion.align.vocabulary import MAPPINGS, count_pairs, map_vocabulary
+from fusion.align.surface import byte_piece, surface, surfaces, tokenizer_kind
+from fusion.align.vocabulary import MAPPINGS, by_surface, count_pairs, map_vocabulary
 
-__all__ = ["MAPPINGS", "Alignment", "by_offsets", "count_pairs", "map_vocabulary", "remap", "surface", "tell",
-           "tokenizer_kind", "warp"]
+__all__ = ["LEAST", "MAPPINGS", "Alignment", "by_offsets", "by_surface", "byte_piece", "count_pairs", "gathered", "looked_up",
+           "map_vocabulary", "remap", "surface", "surfaces", "tell", "tokenizer_kind", "warp"]

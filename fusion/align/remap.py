@@ -1,4 +1,7 @@
-"""Carry a source model's top-k distributions over to the pivot's positions and vocabulary."""
+"""Carry a source model's top-k distributions over to the pivot's positions and vocabulary.
+
+What is carried over keeps its mass: chances are out of 1, and what they lack is the chance of everything else, the tail.
+"""
 
 from __future__ import annotations
 
@@ -6,69 +9,73 @@ import numpy as np
 
 from fusion.align.sequence import Alignment
 
-ROOM = 0.1  # what may be dropped for the true label: the least of ten entries never has more
+LEAST = 0.5  # of what a source said, so much must have a counterpart; below that its words are not its meaning
 
 
-def remap(links: Alignment, ids: np.ndarray, logprobs: np.ndarray, table: np.ndarray, *,
-          duplicates: str = "first") -> tuple[np.ndarray, np.ndarray]:
+def remap(links: Alignment, ids: np.ndarray, logprobs: np.ndarray, table: np.ndarray, *, duplicates: str = "first",
+          least: float = LEAST) -> tuple[np.ndarray, np.ndarray]:
     """Distributions over pivot ids for every pivot position: ids [M, k] int32 (−1 = empty), log-probabilities [M, k] float32.
 
     `ids`, `logprobs` [N, k]: a source's top-k at each of its positions, best first (position j predicts token j + 1), −1 for
     an empty place. `table` [V_source]: pivot id of every source id, −1 for none; ids beyond it have none. Mass without a
-    counterpart is dropped and the rest renormalised; a position where nothing is left, or to which no source position
-    corresponds, is empty: the pivot's own distribution is used there. `duplicates`: of source tokens with one pivot token keep
-    the "first" (most probable; the papers) or their "sum". Source: FuseLLM, arXiv 2401.10491; FuseChat 2.0, arXiv 2408.07990.
+    counterpart goes to the tail; a position where less than the share `least` of the k entries' mass is left, or to which no
+    source position corresponds, is empty: the pivot's own distribution is used there. `duplicates`: of source tokens with one
+    pivot token keep the "first" (most probable; the papers) or their "sum". Source: FuseLLM, arXiv 2401.10491; FuseChat 2.0,
+    arXiv 2408.07990.
+    """
+    count, k = len(links), ids.shape[1]
+    found = np.full((count, k), -1, np.int32)
+    chances = np.zeros((count, k))
+    at = np.flatnonzero(links.usable >= 0)
+    if len(at):
+        theirs = ids[links.usable[at]]
+        given = np.where(theirs >= 0, np.exp(logprobs[links.usable[at]].astype(np.float64)), 0)
+        found[at], chances[at] = gathered(looked_up(table, theirs), given, duplicates)
+        poor = at[chances[at].sum(axis=1) < least * given.sum(axis=1)]
+        found[poor], chances[poor] = -1, 0
+    with np.errstate(divide="ignore"):
+        return found, np.log(chances).astype(np.float32)
+
+
+def looked_up(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The pivot id of every source id, −1 for none. Models may have more rows than their tokenizers have tokens."""
+    inside = (ids >= 0) & (ids < len(table))
+    return np.where(inside, table[np.where(inside, ids, 0)], -1) if len(table) else np.full(ids.shape, -1, np.int32)
+
+
+def gathered(mapped: np.ndarray, chances: np.ndarray, duplicates: str = "first") -> tuple[np.ndarray, np.ndarray]:
+    """One entry for every pivot id, the most probable first: ids [M, k], chances [M, k], −1 and 0 where there is none.
+
+    `mapped` [M, k]: a pivot id for each entry, −1 for none. `duplicates`: see `remap`.
     """
     if duplicates not in ("first", "sum"):
         raise ValueError(f"duplicates must be first or sum, not {duplicates!r}")
-    count, k = len(links), ids.shape[1]
-    found = np.full((count, k), -1, np.int32)
-    chances = np.full((count, k), -np.inf, np.float64)
-    at = np.flatnonzero(links.usable >= 0)
-    if not len(at):
-        return found, chances.astype(np.float32)
-    theirs = links.usable[at]
-    given, chance = ids[theirs], logprobs[theirs].astype(np.float64)
-    inside = (given >= 0) & (given < len(table))  # models may have more rows than their tokenizers have tokens
-    mapped = np.where(inside, table[np.where(inside, given, 0)], -1) if len(table) else np.full(given.shape, -1, np.int32)
-    chance = np.where(mapped >= 0, chance, -np.inf)
-    for column in range(1, k):  # k is small; rows are many
+    mapped, chances = mapped.copy(), np.where(mapped >= 0, chances, 0.0)
+    for column in range(1, mapped.shape[1]):  # k is small; rows are many
         same = (mapped[:, :column] == mapped[:, column:column + 1]) & (mapped[:, column:column + 1] >= 0)
         rows = np.flatnonzero(same.any(axis=1))
         if duplicates == "sum":
-            first = same[rows].argmax(axis=1)
-            chance[rows, first] = np.logaddexp(chance[rows, first], chance[rows, column])
-        mapped[rows, column], chance[rows, column] = -1, -np.inf
-    order = np.argsort(-chance, axis=1, kind="stable")
-    mapped, chance = np.take_along_axis(mapped, order, 1), np.take_along_axis(chance, order, 1)
-    total = np.logaddexp.reduce(chance, axis=1, keepdims=True)
-    whole = np.isfinite(total[:, 0])
-    found[at[whole]] = np.where(np.isfinite(chance), mapped, -1)[whole]
-    chances[at[whole]] = (chance - np.where(np.isfinite(total), total, 0))[whole]
-    return found, chances.astype(np.float32)
-
-
-def tell(ids: np.ndarray, logprobs: np.ndarray, gold: np.ndarray, first: np.ndarray, nats: np.ndarray
-         ) -> tuple[np.ndarray, np.ndarray]:
-    """Give the pivot's label the chance that a source gives to its whole text, where it writes that in several tokens.
-
-    `ids`, `logprobs` [M, k] as from `remap`; `gold` [M] the pivot's labels; `first` [M] the pivot id of the token with which
-    the source begins them, −1 where nothing is to be done; `nats` [M] −log p of all its tokens there. The chance is taken from
-    that one, which would otherwise teach the pivot to begin as the source does; where there is no room, the least probable entry
-    makes it if it is less probable than the label or has less than `ROOM`.
-    """
-    ids, chances = ids.copy(), np.where(ids >= 0, np.exp(logprobs.astype(np.float64)), 0)
-    for i in np.flatnonzero((first >= 0) & (first != gold) & np.isfinite(nats)):
-        begun, known = np.flatnonzero(ids[i] == first[i]), np.flatnonzero(ids[i] == gold[i])
-        if not len(begun):
-            continue
-        given, left = min(float(np.exp(-nats[i])), chances[i, begun[0]]), chances[i].copy()
-        left[begun[0]] -= given
-        place = known[0] if len(known) else int(np.argmin(left))
-        if len(known) or left[place] < max(given, ROOM):
-            left[place] = given + (left[place] if len(known) else 0)
-            ids[i, place], chances[i] = gold[i], left / left.sum()
+            chances[rows, same[rows].argmax(axis=1)] += chances[rows, column]
+        mapped[rows, column], chances[rows, column] = -1, 0
     order = np.argsort(-chances, axis=1, kind="stable")
-    ids, chances = np.take_along_axis(ids, order, 1), np.take_along_axis(chances, order, 1)
-    with np.errstate(divide="ignore"):
-        return np.where(chances > 0, ids, -1).astype(np.int32), np.log(chances).astype(np.float32)
+    mapped, chances = np.take_along_axis(mapped, order, 1), np.take_along_axis(chances, order, 1)
+    return np.where(chances > 0, mapped, -1).astype(np.int32), chances
+
+
+def tell(mapped: np.ndarray, chances: np.ndarray, gold: np.ndarray, first: np.ndarray, rest: np.ndarray
+         ) -> tuple[np.ndarray, np.ndarray]:
+    """Give the pivot's label the chance that a source gives to its whole text, however the source writes it.
+
+    `mapped`, `chances` [M, k]: the source's entries and the pivot id of each, −1 for none; `gold` [M] the pivot's labels;
+    `first` [M] the entry with which the source really begins the label's text, −1 where nothing is to be done; `rest` [M] −log p
+    of the tokens with which it goes on to the label's end, 0 where there are none. The label's chance, chances[first] ·
+    exp(−rest), is taken from that entry, which would otherwise teach the pivot to begin as the source does, and stands in a
+    further entry: mapped, chances [M, k + 1].
+    """
+    rows = np.flatnonzero((first >= 0) & np.isfinite(rest))
+    mapped = np.pad(mapped, ((0, 0), (0, 1)), constant_values=-1)
+    chances = np.pad(np.asarray(chances, np.float64), ((0, 0), (0, 1)))
+    given = chances[rows, first[rows]] * np.exp(-np.maximum(rest[rows], 0.0))
+    chances[rows, first[rows]] -= given
+    mapped[rows, -1], chances[rows, -1] = gold[rows], given
+    return mapped, chances

@@ -1,7 +1,7 @@
 """Distribution fusion: choose (MinCE) or mix (AvgCE) the distributions of several models, position by position: pure.
 
 Whose word counts is decided by how well each model predicts the gold reply: by its cross-entropy there. Models with other
-vocabularies cut the text into other tokens, so their cross-entropies are compared in nats per character.
+vocabularies cut the text into other tokens, so their cross-entropies are compared for equal text, per token of the pivot.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ LEVELS = ("dialogue", "turn", "token")
 class Distributions:
     """One model's distributions at the pivot's L label positions.
 
-    `ids` [L, k] int32 over pivot ids (−1 = empty), `logprobs` [L, k] float32 (of the k entries, which sum to 1); `nats` [L]
-    float64: the model's own −log p of the gold text that each label stands for (NaN where nothing corresponds).
+    `ids` [L, k] int32 over pivot ids (−1 = empty), `logprobs` [L, k] float32; what the entries lack of 1 is the chance of all
+    other tokens, the tail; `nats` [L] float64: the model's own −log p of the gold text that each label stands for (NaN where
+    nothing corresponds).
     """
 
     ids: np.ndarray
@@ -47,10 +48,10 @@ def mixture_weights(losses: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def unit_losses(nats: Sequence[float], characters: Sequence[int], unit: np.ndarray, count: int) -> np.ndarray:
-    """Mean loss per character in each of `count` units, [count]: Σ nats ÷ Σ characters over the labels of a unit.
+    """Mean loss in each of `count` units, [count]: Σ nats ÷ Σ characters over the labels of a unit.
 
-    `nats` [L] of one model at its own labels, `characters` [L] it spells there (an end token counts as one), `unit` [L]
-    which unit (dialogue 0, or turn) a label belongs to. NaN for a unit without labels.
+    `nats` [L] of one model at its own labels, `characters` [L] it spells there (an end token counts as one), or ones for a
+    loss per token; `unit` [L] which unit (dialogue 0, or turn) a label belongs to. NaN for a unit without labels.
     """
     total = np.bincount(unit, weights=np.asarray(nats, np.float64), minlength=count)
     length = np.bincount(unit, weights=np.asarray(characters, np.float64), minlength=count)
@@ -63,7 +64,8 @@ def fuse(models: Sequence[Distributions], losses: np.ndarray, rule: str = "mince
 
     `models`: J candidates, the pivot first; `losses` [J, L]: what decides at each position (the loss of its dialogue, turn or
     token; NaN = not a candidate there). "mince" takes the whole distribution of the model with the lowest loss, the first of
-    equals; "avgce" mixes all with `mixture_weights`. Only models that have a distribution at a position are candidates; the
+    equals; "avgce" mixes all with `mixture_weights`; a token that one of them does not list counts as 0 there, so its tail stays
+    in the tail. Only models that have a distribution at a position are candidates; the
     pivot always is one. `choice` is the chosen model, or the heaviest one. Source: FuseChat, arXiv 2402.16107, eq. 3.
     """
     if rule not in RULES:

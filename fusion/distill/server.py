@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fusion.align import surface, tokenizer_kind
+from fusion.align import surfaces
 from fusion.distill.encoding import Encoded, Encoder
 from fusion.distill.store import Rows
 from fusion.endpoint import Passing, Refused, Server
@@ -38,8 +38,8 @@ class ServerTeacher:
     `tokenizer`: a folder or Hub id of the served model's tokenizer, which must be the very same; `base_url` such as
     http://localhost:8000/v1 and `model`, its name there; `template` shared by all models, None = the tokenizer's own.
     `max_tokens` cuts dialogues; the server's context must hold one token more. Further `patience` (timeout_s, tries …): see
-    `fusion.endpoint.Server`. A server gives log-probabilities, which are normalised already: `logsumexp` of its rows is 0.
-    CheckpointError when the tokenizer cannot be loaded, RecipeError for a senseless address. Nothing is asked before `rows`.
+    `fusion.endpoint.Server`. CheckpointError when the tokenizer cannot be loaded, RecipeError for a senseless address. Nothing
+    is asked before `rows`.
     """
 
     def __init__(self, tokenizer: str | os.PathLike, base_url: str, model: str, *, template: str | None = None,
@@ -156,12 +156,12 @@ class ServerTeacher:
         if not self._words:
             tokenizer = self.encoder.tokenizer
             entries = tokenizer.get_vocab()
-            kind = tokenizer_kind(entries)
+            texts = surfaces(entries, {token.content for token in tokenizer.added_tokens_decoder.values()})
             alone = dict(zip(entries.values(), tokenizer.batch_decode([[i] for i in entries.values()],
                                                                       clean_up_tokenization_spaces=False), strict=True))
             words: dict[str, set[int]] = {}
             for token, i in entries.items():
-                for text in {token, surface(token, kind), alone[i]}:
+                for text in {token, texts[token], alone[i]}:
                     words.setdefault(text, set()).add(i)
             self._words = {text: min(its) for text, its in words.items() if len(its) == 1}
         return self._words
@@ -179,7 +179,7 @@ class ServerTeacher:
             best = found[:top_k]
             ids[row, :len(best)], logprobs[row, :len(best)] = [i for i, _ in best], [chance for _, chance in best]
             nats[row] = -chances[gold]
-        return Rows(ids, logprobs, np.zeros(len(entries), np.float32), nats)
+        return Rows(ids, logprobs, nats)
 
     def _number(self, value: object) -> float:
         """A log-probability, or FusionError."""

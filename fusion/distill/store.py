@@ -1,7 +1,7 @@
 """What a teacher said, compact on disk: for every label its top-k tokens, their log-probabilities and the gold token's loss.
 
 Shards of a few hundred dialogues, each written whole or not at all, so that a killed run continues at the first missing one.
-Numbers per label: k ids (int32), k log-probabilities (float16), log-sum-exp and loss (float32) — about 70 bytes at k = 10.
+Numbers per label: k ids (int32), k log-probabilities (float16) and the loss (float32) — about 64 bytes at k = 10.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ PLAN_FILE = "plan.json"
 
 @dataclass(frozen=True)
 class Rows:
-    """The distributions of one dialogue: `ids`, `logprobs` [L, k] best first, `logsumexp`, `nats` [L] (the gold token's −log p).
+    """The distributions of one dialogue: `ids`, `logprobs` [L, k] best first, `nats` [L] (the gold token's −log p).
 
-    An id of −1 with probability 0 fills a place for which nothing is known.
+    Log-probabilities are the model's own, over its whole vocabulary: what k of them lack of 1 is the tail. An id of −1 with
+    probability 0 fills a place for which nothing is known.
     """
 
     ids: np.ndarray
     logprobs: np.ndarray
-    logsumexp: np.ndarray
     nats: np.ndarray
 
 
@@ -74,7 +74,7 @@ class Store:
             raise ValueError(f"shard {shard} holds {self.sizes[shard]} dialogues, not {len(rows)}")
         lengths = np.array([len(row.nats) for row in rows], np.int64)
         arrays = {"starts": np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)}
-        for field, dtype in (("ids", np.int32), ("logprobs", np.float16), ("logsumexp", np.float32), ("nats", np.float32)):
+        for field, dtype in (("ids", np.int32), ("logprobs", np.float16), ("nats", np.float32)):
             arrays[field] = np.concatenate([getattr(row, field) for row in rows]).astype(dtype)
         try:
             write_whole(self._file(shard), save(arrays))
@@ -92,8 +92,7 @@ class Store:
             raise CheckpointError(f"a shard cannot be read ({str(error)[:200]})", where=str(self._file(shard)),
                                   todo="Remove it; the next run makes it again.") from error
         spans = zip(arrays["starts"][:-1], arrays["starts"][1:], strict=True)
-        return [Rows(arrays["ids"][a:b], arrays["logprobs"][a:b].astype(np.float32), arrays["logsumexp"][a:b],
-                     arrays["nats"][a:b]) for a, b in spans]
+        return [Rows(arrays["ids"][a:b], arrays["logprobs"][a:b].astype(np.float32), arrays["nats"][a:b]) for a, b in spans]
 
     def __iter__(self) -> Iterator[Rows]:
         for shard in range(len(self.sizes)):

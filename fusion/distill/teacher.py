@@ -95,7 +95,7 @@ def _top(logits, gold, top_k: int) -> Rows:
     best = picked.topk(min(top_k, picked.shape[1]), dim=1)
     true = picked.gather(1, gold[:, None])[:, 0]
     return Rows(best.indices.cpu().numpy().astype(np.int32), (best.values - total[:, None]).cpu().numpy(),
-                total.cpu().numpy(), (total - true).cpu().numpy())
+                (total - true).cpu().numpy())
 
 
 def _split(found: Sequence[Rows], counts: Sequence[int]) -> list[Rows]:

@@ -13,21 +13,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from fusion.distill.carrying import Carried, link_labels
 from fusion.distill.dialogues import Dialogue
 from fusion.distill.encoding import Encoded, Encoder
 from fusion.distill.fuse import Distributions
+from fusion.distill.spelling import Vocabulary, end_tokens, pair_counts, vocabulary_table
 from fusion.distill.store import Rows
-from fusion.distill.targets import (
-    Blend,
-    Fused,
-    Vocabulary,
-    cut_labels,
-    end_tokens,
-    fuse_dialogue,
-    link_labels,
-    pair_counts,
-    vocabulary_table,
-)
+from fusion.distill.targets import Blend, Fused, fuse_dialogue
 from fusion.distill.teacher import Teacher
 from fusion.errors import MismatchError
 
@@ -64,8 +56,10 @@ class Heard:
 
 @dataclass(frozen=True)
 class Position:
-    """A label of the pivot: its `token`; the `source` label predicted after the same text (−1: none); the distributions of the
-    pivot, of the source after mapping and after fusion; the source's own words with the share that was `lost` on the way.
+    """A label of the pivot: its `token`; the `source` label that is heard here (−1: none), predicted after the same text or, if
+    `inside`, before a token that the pivot is in the middle of; the distributions of the pivot, of the source after mapping and
+    after fusion, out of 1; the source's own words with the share that was `lost` on the way; their mass that was `read`, `kept`
+    (0 where too little was), and lies on tokens that the pivot does not write (`unwritten`).
 
     `chosen`: 0 = pivot, 1 = source; `deciding`: the two losses that were compared, `nats`: what each lost on this very token
     (None = not to be had); `pieces`: the source's tokens for this one where they are several and it gets the chance of all.
@@ -82,6 +76,10 @@ class Position:
     deciding: tuple[float | None, float | None]
     nats: tuple[float | None, float | None]
     pieces: tuple[str, ...]
+    inside: bool = False
+    read: float = 0.0
+    kept: float = 0.0
+    unwritten: float = 0.0
 
     @property
     def respelt(self) -> float:
@@ -120,19 +118,42 @@ class AlignmentView:
 
     @property
     def lost(self) -> float:
-        """Mean share of the source's words that have no pivot token, over the labels that correspond."""
-        found = [its.lost for its in self.positions if its.source >= 0]
-        return sum(found) / len(found) if found else 0.0
+        """Mean share of the source's words that have no pivot token, over the labels where it is heard."""
+        return self._mean([its.lost for its in self.positions if its.source >= 0])
 
     @property
     def respelt(self) -> float:
-        """Mean share of the source's words that the pivot writes otherwise, over the labels that correspond."""
-        found = [its.respelt for its in self.positions if its.source >= 0]
+        """Mean share of the source's words that the pivot writes otherwise, over the labels where it is heard."""
+        return self._mean([its.respelt for its in self.positions if its.source >= 0])
+
+    @property
+    def kept(self) -> float:
+        """Mean mass of the source's words that the pivot's tokens have, out of 1, over the labels where it is heard."""
+        return self._mean([its.kept for its in self.positions if its.source >= 0])
+
+    @property
+    def read(self) -> float:
+        """Mean mass of the words that were read of the source, out of 1, over the labels where it is heard."""
+        return self._mean([its.read for its in self.positions if its.source >= 0])
+
+    @property
+    def unwritten(self) -> float:
+        """Mean mass of them on tokens that the pivot does not write for their own text, such as byte pieces."""
+        return self._mean([its.unwritten for its in self.positions if its.source >= 0])
+
+    @property
+    def emptied(self) -> float:
+        """Share of the labels where the source is heard, but too little of its words has a pivot token."""
+        return self._mean([float(not its.mapped) for its in self.positions if its.source >= 0])
+
+    @staticmethod
+    def _mean(found: Sequence[float]) -> float:
         return sum(found) / len(found) if found else 0.0
 
     def to_dict(self) -> dict:
         """Plain data."""
-        return {**asdict(self), "carried": self.carried, "taken": self.taken, "lost": self.lost, "respelt": self.respelt}
+        return {**asdict(self), **{name: getattr(self, name) for name in
+                                   ("carried", "taken", "lost", "respelt", "read", "kept", "unwritten", "emptied")}}
 
 
 def view(pivot: Teacher, source: Teacher, dialogue: Dialogue, blend: Blend | None = None, *, top_k: int = 10,
@@ -150,9 +171,7 @@ def view(pivot: Teacher, source: Teacher, dialogue: Dialogue, blend: Blend | Non
     table = vocabulary_table(*words, blend, set(np.unique(rows[1].ids).tolist()), end_tokens(*both), counts)
     fused = fuse_dialogue((both[0], rows[0]), [(both[1], rows[1], table)], blend, [words])
     spelt = _Speller(pivot.encoder, words[0]), _Speller(source.encoder, words[1])
-    cuts = cut_labels(fused.links[0], *both) if blend.mapping == "spelling" else {}
-    pieces = {i: tuple(spelt[1].token(both[1], j).text for j in its) for i, its in cuts.items()}
-    positions = tuple(_position(i, both, rows, table, fused, spelt, blend, pieces.get(i, ())) for i in range(len(both[0].labels)))
+    positions = tuple(_position(i, both, rows[1], fused, spelt, blend) for i in range(len(both[0].labels)))
     tokens = tuple(spelt[1].token(both[1], j) for j in range(len(both[1].labels)))
     links = token_links(*both, words, blend.alignment)
     return AlignmentView(names, blend, positions, tokens, tuple(grouped(len(positions), len(tokens), links)))
@@ -215,32 +234,46 @@ class _Speller:
         self._tokenizer, self._words = encoder.tokenizer, words
 
     def text(self, token_id: int) -> str:
-        spelt = self._words.of(np.array([token_id]))[0]
+        spelt = self._words.of([token_id])[0]
         # bytes that are no whole character are shown as escapes
         return spelt.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if spelt \
             else str(self._tokenizer.convert_ids_to_tokens(int(token_id)))
 
     def same(self, token_id: int, other: _Speller, its: int) -> bool:
         """Whether a token stands for the text of one of another model's; marks do not differ."""
-        mine, theirs = self._words.of(np.array([token_id]))[0], other._words.of(np.array([its]))[0]
+        mine, theirs = self._words.of([token_id])[0], other._words.of([its])[0]
         return not mine or mine == theirs
+
+    def writes(self, token_id: int) -> bool:
+        """Whether this tokenizer ever writes a token: that is how it begins the token's own text. Marks, and parts of characters
+        that nothing else stands for, count as written."""
+        text = self._words.of([token_id])[0]
+        whole = text and not any("\ud800" <= sign <= "\udfff" for sign in text)
+        return not whole or self._words.begin(text) == token_id
 
     def token(self, encoded: Encoded, label: int) -> Token:
         token_id = int(encoded.targets[label])
-        return Token(self.text(token_id), not self._words.of(np.array([token_id]))[0], int(encoded.turn[label]))
+        return Token(self.text(token_id), not self._words.of([token_id])[0], int(encoded.turn[label]))
 
 
-def _position(i: int, both: Sequence[Encoded], rows: Sequence[Rows], table: np.ndarray, fused: Fused,
-              spelt: tuple[_Speller, _Speller], blend: Blend, pieces: tuple[str, ...]) -> Position:
-    gold, at = int(both[0].targets[i]), int(fused.links[0].usable[i])
-    heard = _heard(rows[1], at, table, spelt, blend) if at >= 0 else ()
+def _position(i: int, both: Sequence[Encoded], rows: Rows, fused: Fused, spelt: tuple[_Speller, _Speller],
+              blend: Blend) -> Position:
+    carried, gold = fused.carried[0], int(both[0].targets[i])
+    at = int(carried.at[i])
+    heard = _heard(rows.ids[at], carried, i, spelt, blend) if at >= 0 else ()
     mine, theirs = (_entries(model, i, gold, spelt[0]) for model in fused.models)
-    chances = zip(fused.ids[i].tolist(), fused.chances[i].tolist(), strict=True)
+    chances = list(zip(fused.ids[i].tolist(), fused.chances[i].tolist(), strict=True))
     whole = tuple(Expected(spelt[0].text(token), chance, token == gold) for token, chance in chances if token >= 0 and chance > 0)
+    said = fused.models[1]
+    odd = sum(chance for token, chance in zip(said.ids[i].tolist(), np.exp(said.logprobs[i].astype(float)).tolist(), strict=True)
+              if token >= 0 and not spelt[0].writes(token))
     return Position(spelt[0].token(both[0], i), at, mine, theirs, whole, heard,
                     sum(its.chance for its in heard if not its.kept), int(fused.choice[i]),
                     tuple(_number(value) for value in fused.deciding[:, i]),
-                    tuple(_number(model.nats[i]) for model in fused.models), pieces)
+                    tuple(_number(model.nats[i]) for model in fused.models),
+                    tuple(spelt[1].token(both[1], j).text for j in carried.pieces.get(i, ())),
+                    bool(at >= 0 > fused.links[0].usable[i]), float(carried.read[i]),
+                    float(carried.kept[i]) if carried.present[i] else 0.0, odd)
 
 
 def _entries(model: Distributions, i: int, gold: int, spelt: _Speller) -> tuple[Expected, ...]:
@@ -248,15 +281,15 @@ def _entries(model: Distributions, i: int, gold: int, spelt: _Speller) -> tuple[
     return tuple(Expected(spelt.text(token), chance, token == gold) for token, chance in pairs if token >= 0)
 
 
-def _heard(rows: Rows, at: int, table: np.ndarray, spelt: tuple[_Speller, _Speller], blend: Blend) -> tuple[Heard, ...]:
-    chances = np.exp(rows.logprobs[at].astype(np.float64))
-    chances, found, seen = chances / chances.sum(), [], set()
-    for token, chance in zip(rows.ids[at].tolist(), chances.tolist(), strict=True):
-        mapped = int(table[token])
+def _heard(ids: np.ndarray, carried: Carried, i: int, spelt: tuple[_Speller, _Speller], blend: Blend) -> tuple[Heard, ...]:
+    found, seen = [], set()
+    for token, mapped, chance in zip(ids.tolist(), carried.become[i].tolist(), carried.chance[i].tolist(), strict=True):
+        if token < 0 or not chance > 0:  # not told by the source, or not possible after what the pivot has written
+            continue
         kept = mapped >= 0 and (mapped not in seen or blend.sums)
         seen.add(mapped)
         becomes, respelt = spelt[0].text(mapped) if mapped >= 0 else None, kept and not spelt[1].same(token, spelt[0], mapped)
-        found.append(Heard(spelt[1].text(token), chance, becomes, kept, respelt))
+        found.append(Heard(spelt[1].text(token), chance / float(carried.read[i]), becomes, kept, respelt))
     return tuple(found)
 
 

@@ -21,7 +21,8 @@ def target_card(recipe: FuseRecipe, target: str, sources: Sequence[str], statist
     return "\n".join([
         *front_matter(hub_ids(recipe.pivot), "finetune", ("fusechat", "distillation")), "",
         f"# {as_text(target)}", "", *_making(recipe, sources), "",
-        "## Alignment", "", *alignment_table({target: statistics}), "", "## Training", "", *training_table({target: curve}), "",
+        "## Alignment", "", *alignment_table({target: statistics}), "", *mass_table({target: statistics}), "",
+        "## Training", "", *training_table({target: curve}), "",
         f"Made with FuseChat Studio {VERSION}; `fuse_recipe.yaml` of its run makes it again.", ""])
 
 
@@ -32,7 +33,7 @@ def run_card(recipe: FuseRecipe, report: Mapping, statistics: Mapping[str, Mappi
     return "\n".join([
         "# A fusion run", "", f"Pivot {as_text(_name(recipe.pivot))}, made with FuseChat Studio {VERSION} from `fuse_recipe.yaml`. "
         "`targets/` holds the models, `work/` what can be made again.", *rest, "",
-        "## Data", "", *_data_table(report), "", "## Alignment", "", *alignment_table(statistics), "",
+        "## Data", "", *_data_table(report), "", "## Alignment", "", *alignment_table(statistics), "", *mass_table(statistics), "",
         "## Training", "", *training_table(curves), ""])
 
 
@@ -46,6 +47,21 @@ def alignment_table(statistics: Mapping[str, Mapping]) -> Iterator[str]:
             chosen = found["chosen"].get(source)
             yield (f"| {as_text(target)} | {as_text(source)} | {found['labels']:,} | {aligned:.1%} | {kinds} | "
                    f"{'–' if chosen is None else f'{chosen:.1%}'} |")
+
+
+def mass_table(statistics: Mapping[str, Mapping]) -> Iterator[str]:
+    """One row for each target and source, as Markdown: what came over of a source's words, where it is heard.
+
+    Means of its chances out of 1. Nothing for targets that an earlier version fused, which did not count it.
+    """
+    rows = [(target, source, found) for target, found in statistics.items() for source in found.get("kept", ())]
+    if rows:
+        yield ("| target | source | heard at | mass read | kept | on tokens that the pivot never writes here | "
+               "empty, less than half kept |")
+        yield "|---|---|" + "---:|" * 5
+    for target, source, found in rows:
+        shares = " | ".join(f"{found[name][source]:.1%}" for name in ("heard", "read", "kept", "unwritten", "emptied"))
+        yield f"| {as_text(target)} | {as_text(source)} | {shares} |"
 
 
 def training_table(curves: Mapping[str, Sequence[Mapping]]) -> Iterator[str]:
