@@ -3,7 +3,8 @@
     .NAME.journal             locked while its writer lives; line 1 says which folder and which plan, then a line per shard
     .NAME.partial-xxxxxxxx    the folder that becomes NAME by one rename
 
-A folder that no journal names is not ours and is never touched. The lock goes with the process, however it dies.
+A folder that no journal names is not ours and is never touched, nor one that took the place of ours. The lock goes with the
+process, however it dies.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Journal:
         self.folder: Path | None = None
         self.plan = ""
         self.records: list[dict] = []
+        self._inode = (0, 0)  # of the hidden folder, when it was made or found
         self._prefix = out.parent / f".{out.name}.partial-"
         self._file: int | None = None
         self._end = 0
@@ -61,7 +63,23 @@ class Journal:
         self._append({"format": FORMAT, "token": token, "plan": plan})
         sync_folder(self.path.parent)
         self.folder.mkdir()
+        self._inode = _inode(self.folder)
         return self.folder
+
+    def open_folder(self) -> int:
+        """A descriptor of the hidden folder, for work that no other folder can take the place of; OutputError where one has."""
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        if _inode(folder) != self._inode:
+            os.close(folder)
+            raise replaced(self.folder)
+        return folder
+
+    def ours(self) -> bool:
+        """Whether what is at the hidden folder's place is the folder that was made or found."""
+        try:
+            return _inode(self.folder) == self._inode
+        except OSError:
+            return False
 
     def add(self, record: dict) -> None:
         """Remember plain data for good: it is on the disk when this returns."""
@@ -69,8 +87,8 @@ class Journal:
         self.records.append(record)
 
     def discard(self) -> None:
-        """Remove the hidden folder; OSError when that fails."""
-        if self.folder is not None and os.path.lexists(self.folder):
+        """Remove the hidden folder, but nothing that took its place; OSError when that fails."""
+        if self.folder is not None and self.ours():
             shutil.rmtree(self.folder)
 
     def release(self) -> None:
@@ -105,8 +123,16 @@ class Journal:
                               todo="Move it away, or choose another folder.")
         self.folder, self.plan, self.records = Path(f"{self._prefix}{first['token']}"), str(first.get("plan")), records[1:whole]
         self._end = sum(len(line) + 1 for line in lines[:whole])
-        if not stat.S_ISDIR(_mode(self.folder)):
+        if stat.S_ISDIR(_mode(self.folder)):
+            self._inode = _inode(self.folder)
+        else:
             self.folder, self.records = None, []
+
+
+def replaced(folder: Path) -> OutputError:
+    """The error for a hidden folder in whose place there is another one, or a link, or nothing."""
+    return OutputError("was removed, or another folder took its place, while it was written", where=str(folder),
+                       todo="Let nothing touch that folder while a merge runs, and merge again.")
 
 
 def reclaimable_bytes(out: str | os.PathLike) -> int:
@@ -127,9 +153,9 @@ def write_all(file: int, data: bytes | memoryview, at: int) -> None:
         done += os.pwrite(file, data[done:], at + done)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync_folder(folder: str | Path, within: int | None = None) -> None:
+    """Make the names in a folder durable; `within`: a descriptor of the folder that its path begins at."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY, dir_fd=within)
     try:
         os.fsync(file)
     finally:
@@ -172,6 +198,11 @@ def _record(line: bytes) -> dict | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def _inode(at: Path | int) -> tuple[int, int]:
+    its = os.fstat(at) if isinstance(at, int) else os.lstat(at)
+    return its.st_dev, its.st_ino
 
 
 def _mode(path: Path) -> int:

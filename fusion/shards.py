@@ -35,16 +35,17 @@ class Slot:
 
 
 class Shard:
-    """One safetensors file of `nbytes` while it is written; `seal` writes the header."""
+    """One safetensors file of `nbytes` while it is written; `seal` writes the header. `folder`: a descriptor of its folder, so that
+    none that takes the folder's name meanwhile is written to."""
 
-    def __init__(self, path: Path, header: bytes, slots: Sequence[Slot]):
-        self.path, self.header, self.slots = path, header, slots
+    def __init__(self, path: Path, header: bytes, slots: Sequence[Slot], folder: int | None = None):
+        self.path, self.header, self.slots, self._folder = path, header, slots, folder
         self.nbytes = len(header) + sum(slot.nbytes for slot in slots)
         self._file: int | None = None
 
     def make(self) -> None:
         """Make the file, empty and of its full size: a disk that is too small is found out now, not at the end."""
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._file = self._opened(os.O_RDWR | os.O_CREAT | os.O_EXCL)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._file, 0, self.nbytes)
         else:
@@ -52,7 +53,7 @@ class Shard:
 
     def open(self) -> None:
         """Open the file that somebody else has made, perhaps on another machine."""
-        self._file = os.open(self.path, os.O_RDWR)
+        self._file = self._opened(os.O_RDWR)
 
     def write(self, slot: Slot, start: int, stored: np.ndarray | bytes) -> int:
         """Write stored numbers as the flat elements of a tensor from `start` on; returns how many bytes they are."""
@@ -76,10 +77,14 @@ class Shard:
     def sealed(self) -> bool:
         """Whether the file on the disk is this shard, finished."""
         try:
-            with open(self.path, "rb") as file:
+            with open(self._opened(os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 return os.fstat(file.fileno()).st_size == self.nbytes and file.read(len(self.header)) == self.header
         except OSError:
             return False
+
+    def _opened(self, flags: int) -> int:
+        path = self.path if self._folder is None else self.path.name
+        return os.open(path, flags | os.O_NOFOLLOW, 0o644, dir_fd=self._folder)
 
     def _refuse_loss(self) -> None:
         """OutputError when somebody removed or cut the file: what is written later would give it its size again, with a hole."""

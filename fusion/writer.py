@@ -15,12 +15,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from fusion.errors import OutputError
 from fusion.files import INDEX
-from fusion.journal import Journal, sync_folder
+from fusion.journal import Journal, replaced, sync_folder
 from fusion.shards import MAX_SHARD_BYTES, Shard, disk_error, lost, plan_shards
 
 __all__ = ["MAX_SHARD_BYTES", "CheckpointWriter"]
@@ -62,6 +63,7 @@ class CheckpointWriter:
         self._flush = ThreadPoolExecutor(4)  # its threads wait for the disk, no more
         self._lock = threading.Lock()
         self._made: list[Path] = []
+        self._hidden: int | None = None  # a descriptor of the hidden folder: none that takes its name meanwhile is touched
 
     def __enter__(self) -> CheckpointWriter:
         if "\0" in str(self.out):
@@ -96,7 +98,7 @@ class CheckpointWriter:
 
     def shard(self, file: str) -> Shard:
         """The shard of this file name, not yet opened."""
-        return Shard(self.folder / file, self.headers[file], self.files[file])
+        return Shard(self.folder / file, self.headers[file], self.files[file], self._hidden)
 
     def write(self, name: str, start: int, stored: np.ndarray | bytes) -> None:
         """Write stored numbers as the flat elements of `name` from `start` on."""
@@ -135,8 +137,11 @@ class CheckpointWriter:
         """Write a small file beside the weights, or into a folder there."""
         data = content.encode() if isinstance(content, str) else content
         with self._disk():
-            (self.folder / name).parent.mkdir(exist_ok=True)
-            (self.folder / name).write_bytes(data)
+            if "/" in name:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name.split("/")[0], dir_fd=self._hidden)
+            with self._opened(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
+                file.write(data)
         self._small_bytes[name] = len(data)
         self._small[name] = self._flush.submit(self._sync, name)
 
@@ -154,13 +159,14 @@ class CheckpointWriter:
         for flushed in (*self._seals.values(), *self._small.values()):
             flushed.result()
         with self._disk():
-            self._close()
+            self._close_shards()
             self._tidy({*self.headers, *self._small})
             if self._durable:
-                sync_folder(self.folder)
+                os.fsync(self._hidden)
             self._refuse_losses()
             self._refuse_existing("appeared while this merge ran")  # somebody else was faster
             os.rename(self.folder, self.out)
+            self._close()
         if self._durable:
             with contextlib.suppress(OSError):  # it has its name; there is no way back from here
                 sync_folder(self.out.parent)
@@ -187,8 +193,10 @@ class CheckpointWriter:
 
     def _refuse_losses(self) -> None:
         """Make sure that all that was written is there: whoever cleans up may have removed or cut a file meanwhile."""
+        if not self._journal.ours():
+            raise replaced(self.folder)
         gone = [*(file for file in self.headers if not self.shard(file).sealed()),
-                *(name for name, nbytes in self._small_bytes.items() if _size(self.folder / name) != nbytes)]
+                *(name for name, nbytes in self._small_bytes.items() if self._size(name) != nbytes)]
         if gone:
             raise lost(self.folder / gone[0])
 
@@ -216,12 +224,14 @@ class CheckpointWriter:
                               where=str(self.out), todo="Begin again without --resume.")
         self._own = True
         if self._resume and journal.folder is not None and journal.plan == self._plan:
+            self._hidden = journal.open_folder()
             for record in journal.records:
                 self._take_shard(record.get("shard"), record.get("tensors"))
             self._tidy(self._sealed)
         else:
             journal.discard()
             journal.begin(self._plan)
+            self._hidden = journal.open_folder()
 
     def _take_shard(self, file: object, notes: object) -> None:
         names = {slot.name for slot in self.files.get(file, ())} if isinstance(file, str) else set()
@@ -233,9 +243,29 @@ class CheckpointWriter:
     def _tidy(self, kept: set[str]) -> None:
         """Remove what a dead process left in the hidden folder."""
         kept = {name.split("/")[0] for name in kept}
-        for path in list(self.folder.iterdir()):
-            if path.name not in kept:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for entry in list(os.scandir(self._hidden)):
+            if entry.name not in kept and entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.name, dir_fd=self._hidden)
+            elif entry.name not in kept:
+                os.unlink(entry.name, dir_fd=self._hidden)
+
+    def _opened(self, name: str, flags: int) -> BinaryIO:
+        """A small file in the hidden folder, or in a folder of it; no link is followed."""
+        folder, _, file = name.rpartition("/")
+        within = os.open(folder or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._hidden)
+        try:
+            mode = "rb" if flags == os.O_RDONLY else "wb"
+            return open(os.open(file, flags | os.O_NOFOLLOW, 0o666, dir_fd=within), mode)
+        finally:
+            os.close(within)
+
+    def _size(self, name: str) -> int:
+        """Bytes of a small file, -1 when it is gone."""
+        try:
+            with self._opened(name, os.O_RDONLY) as file:
+                return os.fstat(file.fileno()).st_size
+        except OSError:
+            return -1
 
     def _seal(self, file: str) -> None:
         with self._disk():
@@ -246,10 +276,10 @@ class CheckpointWriter:
 
     def _sync(self, name: str) -> None:
         if self._durable:
-            with self._disk(), open(self.folder / name, "rb") as file:
+            with self._disk(), self._opened(name, os.O_RDONLY) as file:
                 os.fsync(file.fileno())
                 if "/" in name:
-                    sync_folder((self.folder / name).parent)
+                    sync_folder(name.split("/")[0], self._hidden)
 
     def _record(self, file: str) -> None:
         with self._lock:
@@ -258,6 +288,12 @@ class CheckpointWriter:
             self._sealed.add(file)
 
     def _close(self) -> None:
+        self._close_shards()
+        if self._hidden is not None:
+            os.close(self._hidden)
+            self._hidden = None
+
+    def _close_shards(self) -> None:
         self._flush.shutdown(cancel_futures=True)
         for shard in self._shards.values():
             shard.close()
@@ -269,11 +305,3 @@ class CheckpointWriter:
         except OSError as error:
             kept = "what is finished is kept for --resume" if self._resume and self._sealed else "nothing was left behind"
             raise disk_error(error, self.out, kept) from error
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, -1 when there is none."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1

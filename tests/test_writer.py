@@ -290,3 +290,61 @@ def test_a_small_file_that_is_lost_is_noticed(tmp_path, file, loss):
         LOSSES[loss](writer.folder / file)
         writer.finish()
     assert snapshot(tmp_path) == {}
+
+
+def by_link(hidden, other):
+    hidden.rename(hidden.with_name("moved"))
+    hidden.symlink_to(other, target_is_directory=True)
+
+
+def by_folder(hidden, other):
+    hidden.rename(hidden.with_name("moved"))
+    other.rename(hidden)
+
+
+def emptied_by_nobody(hidden, other):
+    hidden.rename(hidden.with_name("moved"))
+
+
+@pytest.mark.parametrize("replace", [by_link, by_folder, emptied_by_nobody])
+@pytest.mark.parametrize("when", ["at the start", "before the small files", "at the end"])
+@pytest.mark.parametrize("ends", ["finish", "abort"])
+def test_another_folder_that_takes_the_hidden_ones_place_is_not_touched(tmp_path, replace, when, ends):
+    other = tmp_path / "other"
+    (other / "deep").mkdir(parents=True)
+    for name in ("precious.txt", "deep/precious.txt", "model.safetensors", "note.txt"):
+        (other / name).write_text("precious")
+    before = snapshot(other)
+    with pytest.raises(OutputError, match="another folder took its place"), CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
+        hidden = writer.folder
+
+        def step(moment: str) -> None:
+            if moment == when:
+                replace(hidden, other)
+
+        step("at the start")
+        fill(writer)
+        step("before the small files")
+        writer.write_file("note.txt", "words")
+        writer.write_file("deep/note.txt", "words")
+        for written in writer._small.values():
+            written.result()
+        step("at the end")
+        if ends == "abort":
+            raise OutputError("another folder took its place, and the merge was stopped")
+        writer.finish()
+    kept = hidden if replace is by_folder else other
+    assert snapshot(kept) == before and not (tmp_path / "out").exists()
+
+
+def test_a_link_inside_the_hidden_folder_is_not_followed(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "precious.txt").write_text("precious")
+    with pytest.raises(OutputError, match="cannot be written"), CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
+        fill(writer)
+        (writer.folder / "note.txt").symlink_to(tmp_path / "precious.txt")
+        writer.write_file("note.txt", "words")
+    with pytest.raises(OutputError, match="cannot be written"), CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
+        (writer.folder / "deep").symlink_to(tmp_path / "other", target_is_directory=True)
+        writer.write_file("deep/note.txt", "words")
+    assert snapshot(tmp_path) == {"other": b"", "precious.txt": b"precious"}
