@@ -29,13 +29,13 @@ class Habits(NamedTuple):
 
 
 class ChatTemplate:
-    """A Jinja chat template of a tokenizer: its own, or `text` instead.
+    """A Jinja chat template of a tokenizer: its own, or `text` instead; `where` is what people call its model.
 
     CheckpointError when there is none, or several without a default.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None):
-        self.tokenizer, self.where = tokenizer, str(tokenizer.name_or_path)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, where: str = ""):
+        self.tokenizer, self.where = tokenizer, where or str(tokenizer.name_or_path)
         try:
             self.text: str = text or tokenizer.get_chat_template()
         except ValueError as error:

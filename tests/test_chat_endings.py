@@ -9,6 +9,7 @@ from fusion.chat import fit, from_parts
 from fusion.chat.ending import TextEnd, text_end
 from fusion.evaluate.answering import answer
 from fusion.progress import Meter, finish
+from fusion.template import ChatTemplate
 from tests.scripted import TURNS, ask, pictures, scripted, scripted_tokenizer, scripted_weights
 
 LINES = "{% for m in messages %}### {{ m['role'] }}:\n{{ m['content'] }}\n\n{% endfor %}### assistant:\n"
@@ -57,13 +58,13 @@ def test_many_answers_at_once_end_there_too():
 
 def test_a_template_of_plain_words_ends_at_its_own_labels():
     tokenizer = scripted_tokenizer(["x"], LINES)
-    assert text_end(tokenizer) == TextEnd(("### user:", "### assistant:"))
+    assert text_end(ChatTemplate(tokenizer)) == TextEnd(("### user:", "### assistant:"))
     model = scripted([" Paris.", "\n\n###", " user:", " And of Spain?"], template=LINES, after=":")
     assert ask(model, "Capital?", max_new_tokens=20).text == " Paris."
 
 
 def test_a_template_with_a_token_has_no_labels():
-    assert text_end(scripted_tokenizer(["x"], TURNS)) is None
+    assert text_end(ChatTemplate(scripted_tokenizer(["x"], TURNS))) is None
     assert fit(scripted(["x"]), [{"role": "user", "content": "Hi"}], "", 4).end is None
     written = ask(scripted(["One", "\nUser: two"]), "Hi").text
     assert written == "One\nUser: two"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from fusion.chat import fit
-from fusion.chat.template import template_of
 from tests.scripted import TEMPLATE, ask, scripted
 
 PARTS = ("{% for m in messages %}<|{{ m['role'] }}|>{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}"
@@ -25,7 +24,7 @@ TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes
     (EITHER, set()), (TEMPLATE, set()), (USERS, {"user"})])
 def test_content_is_given_as_the_template_wants_it(template, parts):
     model = scripted(["One."], template)
-    assert template_of(model.tokenizer).parts == parts
+    assert model.template.habits.parts == parts
     prompt = fit(model, TALK, "Be brief.", 8)
     assert (prompt.text, prompt.notes) == (READ, ())
     reply = ask(model, "Hi")

@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-from fusion.chat.template import template_of
+from fusion.errors import CheckpointError
+from fusion.template import ChatTemplate, stand_ins
 
 ROLES = ("User", "Assistant", "System")
 _LONGEST_LABEL = 40
@@ -20,27 +20,37 @@ _TAIL = 32  # tokens that surely hold a label
 _ORNAMENT = re.compile(r"[\s#*>]")
 
 
-def turn_end(tokenizer: Any) -> int | None:
+def turn_end(template: ChatTemplate | None) -> int | None:
     """The special token that the template sets right after an answer, if there is one."""
-    template = template_of(tokenizer)
-    if template is None or "<|channel|>" in template.source:  # there an answer has several messages, and this ends each
+    if template is None or "<|channel|>" in template.text:  # there an answer has several messages, and this ends each
         return None
-    return _special(tokenizer, template.after_answer())
+    return _special(template, _between(template)[1])
 
 
-def text_end(tokenizer: Any) -> TextEnd | None:
+def text_end(template: ChatTemplate | None) -> TextEnd | None:
     """How a turn of somebody else begins in words; None where a token ends an answer."""
-    template = template_of(tokenizer)
     if template is None:
         return TextEnd((*(f"{role}:" for role in ROLES), *(f"{role.upper()}:" for role in ROLES)))
-    between = template.after_answer()
-    if _special(tokenizer, between) is not None:
+    before, after = _between(template)
+    if _special(template, after) is not None or not _label(after):
         return None
-    labels = [label for text in (between, template.after_question()) if (label := _label(text))]
-    return TextEnd(tuple(labels)) if _label(between) else None
+    return TextEnd(tuple(filter(None, (_label(after), _label(before)))))
 
 
-def _special(tokenizer: Any, text: str) -> int | None:
+def _between(template: ChatTemplate) -> tuple[str, str]:
+    """What stands between a question and its answer, and between that and the next question; "" when it cannot be rendered."""
+    names = stand_ins(3)
+    roles = ("user", "assistant", "user")
+    try:
+        text = template.render([{"role": role, "content": name} for role, name in zip(roles, names, strict=True)])
+    except CheckpointError:  # the prompt says so when it is rendered
+        return "", ""
+    asked, answered = (text.rpartition(name) for name in names[:2])
+    return asked[2].partition(names[1])[0] if asked[1] else "", answered[2].partition(names[2])[0] if answered[1] else ""
+
+
+def _special(template: ChatTemplate, text: str) -> int | None:
+    tokenizer = template.tokenizer
     ids = tokenizer(text.strip(), add_special_tokens=False)["input_ids"] if text.strip() else []
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 

@@ -10,10 +10,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from fusion.chat.ending import turn_end
+from fusion.chat.ending import TextEnd, text_end, turn_end
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError
 from fusion.loading import build_model, load_model, tokenizer_in, tokenizer_of
+from fusion.template import ChatTemplate
 
 _LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
 _FRAMING = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
@@ -24,7 +25,8 @@ VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "tekken.json", "*.tiktok
 class ChatModel:
     """A causal language model that is ready to answer; weights are shared between threads and never changed.
 
-    `stop_ids` end an answer; `nbytes` is the memory of weights and buffers; `context` the longest sequence in tokens.
+    `stop_ids` end an answer, or `end` where words do; `nbytes` is the memory of weights and buffers; `context` the longest
+    sequence in tokens; `template` None: it brings none.
     """
 
     name: str
@@ -33,6 +35,8 @@ class ChatModel:
     stop_ids: frozenset[int]
     nbytes: int
     context: int | None
+    template: ChatTemplate | None = None
+    end: TextEnd | None = None
     _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -94,11 +98,20 @@ def from_parts(model: Any, tokenizer: Any, name: str) -> ChatModel:
     config = model.config.get_text_config()
     # Rotary models state the length in the config; 0 or a missing value means that nothing limits it.
     context = next((length for name in _LENGTHS if (length := getattr(config, name, None))), None)
-    stop_ids = _stop_ids(model, tokenizer, config)
+    template = _template(tokenizer, name)
+    stop_ids = _stop_ids(model, tokenizer, config, template)
     # A checkpoint's generation config may bring top_k, repetition_penalty, suppressed tokens …, and `generate` takes
     # every option that is left at None from it. Compared models must sample alike: only an empty one may stand here.
     model.generation_config = GenerationConfig()
-    return ChatModel(name, model.eval(), tokenizer, stop_ids, _nbytes(model), context)
+    return ChatModel(name, model.eval(), tokenizer, stop_ids, _nbytes(model), context, template, text_end(template))
+
+
+def _template(tokenizer: Any, name: str) -> ChatTemplate | None:
+    """The chat template: the only one, or of several "default", else the first."""
+    text = tokenizer.chat_template
+    if isinstance(text, Mapping):
+        text = text.get("default") or next(iter(text.values()), None)
+    return ChatTemplate(tokenizer, text, where=name) if text else None
 
 
 def expected_bytes(folder: str | Path) -> int:
@@ -116,10 +129,10 @@ def _check_vocabulary(checkpoint: Checkpoint) -> None:
                               todo="Add tokenizer.json and tokenizer_config.json of the model it was made from.")
 
 
-def _stop_ids(model: Any, tokenizer: Any, config: Any) -> frozenset[int]:
+def _stop_ids(model: Any, tokenizer: Any, config: Any, template: ChatTemplate | None) -> frozenset[int]:
     """The union of all marks that may end an answer, since the parts of a merge often disagree about them."""
     configs = (config, model.config, model.generation_config)  # those of models that see name it outside of the text's
-    named = (tokenizer.eos_token_id, turn_end(tokenizer), *(getattr(its, "eos_token_id", None) for its in configs))
+    named = (tokenizer.eos_token_id, turn_end(template), *(getattr(its, "eos_token_id", None) for its in configs))
     ids = {i for value in named for i in (value if isinstance(value, list | tuple) else (value,))}
     return frozenset(i for i in ids if isinstance(i, int) and 0 <= i < config.vocab_size)
 

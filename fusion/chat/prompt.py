@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fusion.chat.ending import TextEnd, text_end
+from fusion.chat.ending import TextEnd
 from fusion.chat.model import ChatModel
-from fusion.chat.template import template_of
-from fusion.chat.thoughts import spoken
-from fusion.errors import CheckpointError, RecipeError
+from fusion.chat.thoughts import spoken, thought
+from fusion.errors import RecipeError
 
 Messages = Sequence[Mapping[str, str]]  # {"role": "user" | "assistant", "content": text}, oldest first
 
@@ -59,7 +58,7 @@ def fit(chat_model: ChatModel, messages: Messages, system: str, max_new_tokens: 
                           where=chat_model.name, todo="Shorten the message or the system prompt.")
     turns = "The oldest turn was" if dropped == 1 else f"The oldest {dropped} turns were"
     said = f"{turns} left out to fit into {context:,} tokens." if dropped else ""
-    return Prompt(text, tuple(ids), room, tuple(n for n in (note, said) if n), text_end(chat_model.tokenizer))
+    return Prompt(text, tuple(ids), room, tuple(n for n in (note, said) if n), chat_model.end)
 
 
 def _without_oldest_turn(messages: Messages) -> list[Mapping[str, str]]:
@@ -70,25 +69,20 @@ def _without_oldest_turn(messages: Messages) -> list[Mapping[str, str]]:
 
 def _render(chat_model: ChatModel, messages: Messages, system: str) -> tuple[str, str]:
     """The rendered text and a remark about it, or an empty remark."""
-    system, messages = system.strip(), [dict(message) for message in messages]
-    if template_of(chat_model.tokenizer) is None:
-        lines = [f"{message['role'].capitalize()}: {spoken(message['content']).strip()}" for message in messages]
+    system, told = system.strip(), [_told(message) for message in messages]
+    template = chat_model.template
+    if template is None:
+        lines = [f"{message['role'].capitalize()}: {message['content'].strip()}" for message in told]
         return "\n".join([*([f"{system}\n"] if system else []), *lines, "Assistant:"]), NO_TEMPLATE
-    if not system:
-        return _template(chat_model, messages), ""
-    try:
-        text = _template(chat_model, [{"role": "system", "content": system}, *messages])
-    except CheckpointError:  # many templates refuse the role by raising
-        text = ""
-    if system in text:  # others leave it out without a word
-        return text, ""
-    first = {"role": "user", "content": f"{system}\n\n{messages[0]['content']}"}
-    return _template(chat_model, [first, *messages[1:]]), NO_SYSTEM
+    first = [{"role": "system", "content": system}] if system else []
+    text = template.render([*first, *told], add_generation_prompt=True)
+    return text, NO_SYSTEM if system and not template.habits.system else ""
 
 
-def _template(chat_model: ChatModel, messages: Messages) -> str:
-    try:
-        return template_of(chat_model.tokenizer).render(messages)
-    except Exception as error:  # a template is a foreign program (in a sandbox): anything may be raised
-        raise CheckpointError(f"The chat template cannot be rendered ({str(error)[:200]})", where=chat_model.name,
-                              todo="Repair chat_template in the tokenizer's files.") from error
+def _told(message: Mapping[str, str]) -> Mapping[str, str]:
+    """The message without thoughts, which stand beside it for the few templates that want them."""
+    if message["role"] != "assistant":
+        return message
+    thoughts = thought(message["content"])
+    beside = {"reasoning_content": thoughts, "thinking": thoughts} if thoughts else {}
+    return {**beside, **message, "content": spoken(message["content"])}
