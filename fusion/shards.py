@@ -48,8 +48,7 @@ class Shard:
         self._file = self._opened(os.O_RDWR | os.O_CREAT | os.O_EXCL)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._file, 0, self.nbytes)
-        else:
-            os.ftruncate(self._file, self.nbytes)
+        os.ftruncate(self._file, self.nbytes)  # where no space can be reserved
 
     def open(self) -> None:
         """Open the file that somebody else has made, perhaps on another machine."""
