@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,12 @@ _NAME = re.compile(r"[\w.-]+")
 
 @dataclass(frozen=True)
 class Repo:
-    """A model on the Hub at one commit: its files worth having with their sizes in bytes."""
+    """A model (or a `kind` "dataset") on the Hub at one commit: its files worth having with their sizes in bytes."""
 
     name: str
     commit: str
     files: Mapping[str, int]
+    kind: str = "model"
 
 
 def parse(text: str) -> tuple[str, str] | None:
@@ -72,6 +74,31 @@ def download(name: str, revision: str) -> tuple[Path, str]:
         return _cached(name, revision)
     _check_disk(repo)
     return _fetch(repo, list(repo.files)), repo.commit
+
+
+def dataset(name: str, revision: str, card: str, choose: Callable[[list[str], str], list[str]]) -> tuple[Path, list[str]]:
+    """Fetch some files of a dataset: those that `choose` takes of all names and the text of its `card`; the folder and their names.
+
+    Raises as `look_up` and `download` do, and what `choose` raises.
+    """
+    try:
+        with _border(name, revision, "dataset"):
+            info = _api().dataset_info(name, revision=revision, files_metadata=True)
+    except _Unreachable:
+        with _border(name, revision, "dataset"):
+            folder = _snapshot(name, revision, "dataset", local_files_only=True)
+        return folder, choose([file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()],
+                              _text(folder / card))
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if ".." not in file.rfilename.split("/")}
+    folder = _fetch(Repo(name, str(info.sha), {}, "dataset"), [card]) if card in sizes else None
+    files = choose(list(sizes), _text(folder / card) if folder else "")
+    repo = Repo(name, str(info.sha), {file: sizes[file] for file in files}, "dataset")
+    _check_disk(repo)
+    return _fetch(repo, files), files
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 class Remote(Checkpoint):
@@ -141,11 +168,15 @@ def _api() -> Any:
 
 
 def _fetch(repo: Repo, files: list[str]) -> Path:
+    with _border(repo.name, repo.commit, repo.kind):
+        return _snapshot(repo.name, repo.commit, repo.kind, allow_patterns=[escape(file) for file in files])
+
+
+def _snapshot(name: str, revision: str, kind: str, **more: Any) -> Path:
     from huggingface_hub import snapshot_download
 
-    with _border(repo.name, repo.commit):
-        return Path(snapshot_download(repo.name, revision=repo.commit, allow_patterns=files, token=_token(),
-                                      endpoint=os.environ.get("HF_ENDPOINT")))
+    return Path(snapshot_download(name, revision=revision, repo_type=kind, token=_token(),
+                                  endpoint=os.environ.get("HF_ENDPOINT"), **more))
 
 
 def _cached(name: str, revision: str) -> tuple[Path, str]:
@@ -162,7 +193,7 @@ def _check_disk(repo: Repo) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     missing = sum(size for file, size in repo.files.items()
-                  if not isinstance(try_to_load_from_cache(repo.name, file, revision=repo.commit), str))
+                  if not isinstance(try_to_load_from_cache(repo.name, file, revision=repo.commit, repo_type=repo.kind), str))
     folder = Path(HF_HUB_CACHE)
     folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(folder).free
@@ -172,23 +203,25 @@ def _check_disk(repo: Repo) -> None:
 
 
 @contextmanager
-def _border(name: str, revision: str) -> Iterator[None]:
+def _border(name: str, revision: str, kind: str = "model") -> Iterator[None]:
     """Turn what the Hub's library raises into errors for people."""
     from huggingface_hub import errors
+
+    path = f"datasets/{name}" if kind == "dataset" else name
 
     try:
         yield
     except errors.GatedRepoError as error:
-        raise CheckpointError("the model is gated", where=name,
-                              todo=f"Accept its terms on https://huggingface.co/{name} and set HF_TOKEN.") from error
+        raise CheckpointError(f"the {kind} is gated", where=name,
+                              todo=f"Accept its terms on https://huggingface.co/{path} and set HF_TOKEN.") from error
     except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"the model has no revision {revision!r}", where=name,
+        raise CheckpointError(f"the {kind} has no revision {revision!r}", where=name,
                               todo="Give a branch, tag or commit.") from error
     except errors.RepositoryNotFoundError as error:
-        raise CheckpointError("there is no such folder, and no such model on the Hub (or it is private)", where=name,
-                              todo="Check the spelling; for a private model set HF_TOKEN.") from error
+        raise CheckpointError(f"there is no such folder, and no such {kind} on the Hub (or it is private)", where=name,
+                              todo=f"Check the spelling; for a private {kind} set HF_TOKEN.") from error
     except errors.HFValidationError as error:
-        raise CheckpointError(f"this is no folder and no name of a model ({error})", where=name) from error
+        raise CheckpointError(f"this is no folder and no name of a {kind} ({error})", where=name) from error
     except (errors.HfHubHTTPError, errors.SafetensorsParsingError) as error:
         raise CheckpointError(f"the Hub did not give it ({str(error).strip().splitlines()[0][:200]})", where=name,
                               todo="Try again later.") from error

@@ -9,16 +9,14 @@ repaired silently; what does not fit is dropped and counted under its reason.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from fusion.errors import CheckpointError, RecipeError
+from fusion.distill.messages import Message, said_in
+from fusion.distill.records import read_records
+from fusion.errors import RecipeError
 
-_ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-          "bot": "assistant", "model": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
-_FILES = (".json", ".jsonl", ".parquet")
+_SYSTEM = ("system", "system_prompt", "system_message")  # columns that hold a system prompt
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,15 @@ class Report:
         return "\n".join(lines)
 
 
-def load(source: str, *, split: str = "train", limit: int | None = None) -> tuple[list[Dialogue], Report]:
-    """Read dialogues from a file (.json, .jsonl, .parquet), a folder of such files, or a Hub dataset "org/name[@revision]".
+def load(source: str, *, split: str = "train", subset: str = "", limit: int | None = None) -> tuple[list[Dialogue], Report]:
+    """Read dialogues from a file (.json, .jsonl, .parquet, or these as .gz), a folder of such files, or a Hub dataset
+    "org/name[@revision]".
 
-    `split` of a Hub dataset; `limit` stops after so many kept dialogues. Raises CheckpointError when nothing can be read,
-    RecipeError when no record is a dialogue.
+    `split` and `subset` of a folder or Hub dataset; `limit` stops after so many kept dialogues. Raises CheckpointError when
+    nothing can be read, RecipeError when no record is a dialogue or there is no such split.
     """
     report, kept = Report(), []
-    for origin, record in _records(source, split):
+    for origin, record in read_records(source, split, subset):
         report.read += 1
         dialogue = checked(record, origin, report)
         if dialogue is not None:
@@ -96,33 +95,56 @@ def load(source: str, *, split: str = "train", limit: int | None = None) -> tupl
 
 def checked(record: object, origin: str, report: Report) -> Dialogue | None:
     """The dialogue that one record holds, None when it holds none; every reason goes into the report."""
-    messages = _messages(record)
-    if messages is None:
-        report.note("no messages: neither `conversations` (from, value) nor `messages` (role, content)", origin)
+    said = said_in(record)
+    if isinstance(said, str):
+        report.note(said, origin)
         return None
-    if any(role is None for role, _ in messages):
-        report.note("an unknown role", origin)
-        return None
-    system = ""
-    if messages and messages[0][0] == "system":
-        system, messages = messages[0][1].strip(), messages[1:]
-    if messages and messages[0][0] != "user":
+    system, said = _system(record, list(said), origin, report)
+    if said and said[0].role != "user":
         report.note("a first message that is not the user's (that message was left out)", origin)
-        messages = messages[1:]
-    if [role for role, _ in messages] != ["user", "assistant"] * (len(messages) // 2) + ["user"] * (len(messages) % 2):
-        report.note("roles that do not take turns", origin)
-        return None
-    if len(messages) % 2:
+        said = said[1:]
+    if len(said) % 2 and said[-1].role == "user":
         report.note("a last user message without an answer (that message was left out)", origin)
-        messages = messages[:-1]
-    if not messages:
-        report.note("nothing left to learn from", origin)
+        said = said[:-1]
+    reason = _unfit(said, system)
+    if reason:
+        report.note(reason, origin)
         return None
-    if any(not text.strip() for _, text in messages):
-        report.note("an empty message", origin)
-        return None
-    texts = [text for _, text in messages]
-    return Dialogue(tuple(zip(texts[::2], texts[1::2], strict=True)), system, origin)
+    texts = [message.text for message in said]
+    unlearnt = tuple(turn for turn, message in enumerate(said[1::2]) if not message.learnt)
+    return Dialogue(tuple(zip(texts[::2], texts[1::2], strict=True)), system, origin, unlearnt)
+
+
+def _system(record: object, said: list[Message], origin: str, report: Report) -> tuple[str, list[Message]]:
+    """The system prompt, from the first message or a column of its own, and the other messages."""
+    columns = [record[name] for name in _SYSTEM if record.get(name)] if isinstance(record, Mapping) else []
+    column = next((text.strip() for text in columns if isinstance(text, str)), "")
+    if columns and not column:
+        report.note("a system prompt that is no text (it was left out)", origin)
+    if isinstance(record, Mapping) and record.get("tools"):
+        report.note("a list of tools, which models are not shown (the dialogue was kept)", origin)
+    if not said or said[0].role != "system":
+        return column, said
+    first = said[0].text.strip()
+    if column and column != first:
+        report.note("a system prompt in a column beside one in the messages (the column was left out)", origin)
+    return first, said[1:]
+
+
+def _unfit(said: Sequence[Message], system: str) -> str:
+    """Why these messages are no dialogue, "" when they are one."""
+    roles = [message.role for message in said]
+    if "system" in roles:
+        return "a system message that is not the first"
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        return "roles that do not take turns"
+    if not said:
+        return "nothing left to learn from"
+    if any(not message.text.strip() for message in said):
+        return "an empty message"
+    if any("\ud800" <= sign <= "\udfff" for text in (system, *(message.text for message in said)) for sign in text):
+        return "half of a surrogate pair, a sign that no tokenizer can read"
+    return "" if any(message.learnt for message in said[1::2]) else "no reply that is to be learnt (weight 0 or train false)"
 
 
 def split_long(dialogues: Iterable[Dialogue], length: Callable[[Dialogue], int], max_tokens: int,
@@ -159,88 +181,3 @@ def _parts(dialogue: Dialogue, length: Callable[[Dialogue], int], max_tokens: in
 def _cut(dialogue: Dialogue, begin: int, end: int) -> Dialogue:
     unlearnt = tuple(turn - begin for turn in dialogue.unlearnt if begin <= turn < end)
     return Dialogue(dialogue.turns[begin:end], dialogue.system, f"{dialogue.origin} turns {begin + 1}–{end}", unlearnt)
-
-
-def _messages(record: object) -> list[tuple[str | None, str]] | None:
-    if not isinstance(record, Mapping):
-        return None
-    for key, role, text in (("conversations", "from", "value"), ("messages", "role", "content"),
-                            ("conversations", "role", "content"), ("conversation", "role", "content")):
-        found = record.get(key)
-        if isinstance(found, Sequence) and not isinstance(found, str) and found and all(
-                isinstance(entry, Mapping) and isinstance(entry.get(role), str) and isinstance(entry.get(text), str)
-                for entry in found):
-            return [(_ROLES.get(entry[role].strip().lower()), entry[text]) for entry in found]
-    return None
-
-
-def _records(source: str, split: str) -> Iterator[tuple[str, object]]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _FILES)
-        if not files:
-            raise CheckpointError("there is no .json, .jsonl or .parquet file in it", where=source)
-        for file in files:
-            yield from _file(file)
-    elif path.exists():
-        yield from _file(path)
-    elif path.suffix in _FILES or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise CheckpointError("there is no such file or folder", where=source, todo="Give a .json, .jsonl or .parquet file.")
-    else:
-        yield from _hub(source, split)
-
-
-def _file(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        if path.suffix == ".parquet":
-            yield from _parquet(path)
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield f"{path.name} line {number}", _json(line, f"{path.name} line {number}")
-        else:
-            data = _json(path.read_text(encoding="utf-8"), path.name)
-            records = data if isinstance(data, list) else next((v for v in data.values() if isinstance(v, list)), [data]) \
-                if isinstance(data, dict) and _messages(data) is None else [data]
-            yield from ((f"{path.name} record {number}", record) for number, record in enumerate(records, 1))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot be read ({error})", where=str(path)) from error
-
-
-def _json(text: str, where: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not valid JSON ({str(error)[:200]})", where=where) from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise CheckpointError("reading Parquet needs pyarrow", where=str(path), todo="Run pip install pyarrow.") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=512):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path.name} row {number}", record
-    except ArrowException as error:
-        raise CheckpointError(f"not a sound Parquet file ({str(error)[:200]})", where=str(path)) from error
-
-
-def _hub(source: str, split: str) -> Iterator[tuple[str, object]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise CheckpointError("reading a Hub dataset needs the package datasets", where=source,
-                              todo="Run pip install datasets, or give a local file.") from error
-    name, _, revision = source.partition("@")
-    try:
-        found = datasets.load_dataset(name, split=split, revision=revision or None)
-    except Exception as error:  # the border to datasets and the Hub, which raise many kinds
-        raise CheckpointError(f"this dataset cannot be loaded ({str(error)[:200]})", where=source,
-                              todo="Give a local file, or org/name[@revision] of a public dataset.") from error
-    yield from ((f"{name} {split} {number}", record) for number, record in enumerate(found, 1))
