@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
 
 from fusion import demo
 from fusion.__main__ import main
@@ -177,14 +180,59 @@ def test_perplexity_of_a_dialogue_by_hand(tmp_path):
     assert perplexity.per_token(scores)["pivot"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
-def test_perplexity_of_plain_text_counts_every_character(tmp_path):
+def with_start(folder: Path) -> str:
+    """A copy of the pivot whose tokenizer puts <|begin|> before every text."""
+    shutil.copytree(PIVOT, folder)
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_str(file.read_text())
+    at = tokenizer.token_to_id("<|begin|>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A <|end|>", special_tokens=[
+        ("<|begin|>", at), ("<|end|>", tokenizer.token_to_id("<|end|>"))])
+    file.write_text(tokenizer.to_str())
+    return str(folder)
+
+
+def test_perplexity_of_plain_text_begins_as_the_tokenizer_does(tmp_path):
+    """A start token only where the tokenizer puts one: elsewhere the first token is context."""
     file = tmp_path / "data.txt"
-    file.write_text(f"{SAID}\n\n\n\n{ASKED}")
+    file.write_bytes(b"\xef\xbb\xbf" + f"{SAID}\r\n\r\n\r\n\r\n{ASKED}".encode())
     data = perplexity.read(str(file))
     assert data.texts == (SAID, ASKED)
-    _, records = finish(perplexity.measure({"pivot": PIVOT}, data))
-    assert (records[0]["nats"], records[0]["tokens"]) == pytest.approx(by_hand("<|begin|>", SAID), rel=1e-4)
-    assert records[0]["characters"] == len(SAID) and not records[0]["truncated"]
+    _, (begun, _, bare, _) = finish(perplexity.measure({"begun": with_start(tmp_path / "model"), "pivot": PIVOT}, data))
+    assert (begun["nats"], begun["tokens"]) == pytest.approx(by_hand("<|begin|>", SAID), rel=1e-4)
+    assert begun["characters"] == len(SAID) and not begun["truncated"]
+    first = load(PIVOT, "pivot").decode(load(PIVOT, "pivot").encode(SAID)[:1])
+    assert SAID.startswith(first) and (bare["nats"], bare["tokens"]) == pytest.approx(by_hand(first, SAID[len(first):]), rel=1e-4)
+    assert bare["characters"] == len(SAID) - len(first)
+
+
+def test_short_replies_are_measured_and_not_the_header(tmp_path):
+    """The letters of the header are certain; those of a reply are not."""
+    file = tmp_path / "data.jsonl"
+    answers = ("a", "i", "A", "C", "1", "s")
+    file.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": ASKED}, {"role": "assistant", "content": said}]})
+                              for said in answers))
+    _, records = finish(perplexity.measure({"pivot": PIVOT}, perplexity.read(str(file))))
+    for answer, record in zip(answers, records, strict=True):
+        expected = by_hand(f"<|begin|><|user|>{ASKED}<|end|><|assistant|>", f"{answer}<|end|>")
+        assert (record["nats"], record["tokens"]) == pytest.approx(expected, rel=1e-4) and record["characters"] == 1
+
+
+def test_what_a_model_cannot_be_shown_is_left_out_with_its_reason(tmp_path):
+    folder, file = tmp_path / "shouting", tmp_path / "data.jsonl"
+    shutil.copytree(PIVOT, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    loud = "{% for m in messages %}{{ m['content'] | replace('Oslo', 'OSLO') }}<|end|>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(loud)
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "chat_template"}))
+    file.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": ASKED}, {"role": "assistant", "content": said}]})
+                              for said in (SAID, "It is cold.")))
+    done = finish(by_perplexity({"pivot": PIVOT, "shouting": str(folder)}, str(file)))
+    assert done.scores.title == "Loss on 1 of 2 dialogues" and "nats" in done.scores.unit
+    (note,) = [note for note in done.table.notes if "cannot read" in note]
+    assert note.startswith("shouting cannot read 1 of the pieces: the chat template does not show a reply as it is")
+    assert next(record["unread"] for record in done.records if "unread" in record) in note
+    assert f"pivot {perplexity.per_token(done.scores)['pivot']:,.4g}" in " ".join(done.table.notes)
 
 
 def test_plain_text_may_come_as_records(tmp_path):

@@ -38,7 +38,8 @@ class Wish:
     def dialogues(self) -> list[Dialogue]:
         """The dialogues it is about; reads the file, folder or dataset that was named."""
         if not self.records:
-            return load(self.recipe.data, limit=self.recipe.limit or None)[0]
+            its = self.recipe
+            return load(its.data, split=its.split, subset=its.subset, limit=its.limit or None)[0]
         return [checked(record, f"demo {i}", Report()) for i, record in enumerate(self.records)]
 
 

@@ -21,6 +21,8 @@ def add(command) -> None:
     what.add_argument("--domains", action="store_true", help="the demo's held-out prompts over eight domains (the default)")
     sub.add_argument("--only", metavar="DOMAINS", help="of the eight domains only these, separated by commas")
     what.add_argument("--perplexity", metavar="DATA", help="dialogues (.json, .jsonl, .parquet, Hub dataset) or plain text (.txt)")
+    sub.add_argument("--split", metavar="NAME", default="train", help="the split of the data that --perplexity reads (train)")
+    sub.add_argument("--subset", metavar="NAME", default="", help="the subset of the data that --perplexity reads")
     what.add_argument("--judge", metavar="QUESTIONS", help="questions in MT-Bench's question.jsonl format, graded by a judge")
     what.add_argument("--lm-eval", metavar="TASKS", help="tasks of lm-eval, separated by commas, when it is installed")
     sub.add_argument("--endpoint", metavar="URL", help="the judge's OpenAI-compatible address; its key is in OPENAI_API_KEY")
@@ -72,7 +74,8 @@ def _work(options: argparse.Namespace, models: dict[str, str], baseline: str | N
 
     longest = {"max_new_tokens": options.max_new_tokens} if options.max_new_tokens else {}
     if options.perplexity:
-        return evaluate.by_perplexity(models, options.perplexity, baseline=baseline, limit=options.prompts)
+        return evaluate.by_perplexity(models, options.perplexity, baseline=baseline, limit=options.prompts, split=options.split,
+                                      subset=options.subset)
     if options.lm_eval:
         names = [name.strip() for name in options.lm_eval.split(",") if name.strip()]
         return evaluate.by_lm_eval(models, names, baseline=baseline, limit=options.prompts)

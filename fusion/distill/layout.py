@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 import yaml
 
-from fusion.errors import RecipeError, nearest
+from fusion.errors import RecipeError
 
 ENDINGS = tuple(f"{ending}{packed}" for ending in (".json", ".jsonl", ".ndjson", ".parquet") for packed in ("", ".gz"))
 _BOOKKEEPING = {"dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"}
@@ -33,11 +33,16 @@ def files_of(names: Sequence[str], card: str, split: str, subset: str, where: st
     """
     said = _subset(_configs(card), subset, where)
     splits = _named(names, said) if said is not None else by_name(names)
+    splits = {name: files for name, files in splits.items() if files}
     if split not in splits:
-        known = [name for name, files in splits.items() if files]
-        raise RecipeError(f"it has no split {split!r}", where=where,
-                          todo=f"{nearest(split, known)} Write `split: {known[0]}`." if known else "Its card names no file.")
+        raise no_split(split, list(splits), where)
     return splits[split]
+
+
+def no_split(split: str, known: Sequence[str], where: str) -> RecipeError:
+    """The error that names the splits that there are."""
+    return RecipeError(f"it has no split {split!r}", where=where,
+                       todo=f"It has {', '.join(known)}: write `split: {known[0]}`." if known else "Its card names no file.")
 
 
 def by_name(names: Sequence[str]) -> dict[str, list[str]]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fusion import hub
-from fusion.distill.layout import ENDINGS, data_files, files_of
-from fusion.errors import CheckpointError, RecipeError
+from fusion.distill.layout import ENDINGS, data_files, files_of, no_split
+from fusion.errors import CheckpointError
 
 _CARD = "README.md"
 _KINDS = "a .json, .jsonl or .parquet file (or one of these as .gz)"
@@ -74,7 +74,7 @@ def _saved(path: Path, split: str, source: str) -> Iterator[tuple[str, object]]:
                               todo=f"Give {_KINDS}.") from error
     splits = dict(found) if isinstance(found, dict) else {str(found.split or "train"): found, "train": found}
     if split not in splits:
-        raise RecipeError(f"it has no split {split!r}", where=source, todo=f"It has {', '.join(splits)}: write `split: …`.")
+        raise no_split(split, list(splits), source)
     yield from ((f"{path.name} {split} {number}", record) for number, record in enumerate(splits[split], 1))
 
 

@@ -1,14 +1,17 @@
 """How surprised a model is by text: nats per token and per character, of the replies of dialogues or of plain text.
 
-Tokens differ between models, characters do not: nats per character compare models with different tokenizers.
+Tokens differ between models, characters do not: nats per character compare models with different tokenizers. A text begins as
+the model's tokenizer begins it: after its start token, or, where it adds none, with the text's own first token, which is read
+and not counted. No start token is put before a model that never saw one.
 """
 
 from __future__ import annotations
 
 import copy
-import json
+import gzip
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -19,6 +22,8 @@ from fusion.chat import ChatModel
 from fusion.distill.dialogues import Dialogue
 from fusion.distill.dialogues import load as load_dialogues
 from fusion.distill.encoding import Encoded, Encoder
+from fusion.distill.messages import said_in
+from fusion.distill.records import read_records
 from fusion.distill.teacher import LocalTeacher, batches, context_of
 from fusion.errors import CheckpointError, MismatchError, RecipeError
 from fusion.evaluate.models import Models, fingerprints, lend
@@ -26,6 +31,8 @@ from fusion.evaluate.scores import Scores
 from fusion.progress import Meter, Work
 
 PER_TOKEN, PER_CHARACTER = "nats per token", "nats per character"
+BEGINNING = ("A text begins as the model's tokenizer begins it; where that adds no start token, the first token of a text is read, "
+             "but not counted.")
 BATCH_TOKENS = 4096
 _DAMAGED = "its losses are not finite"
 
@@ -74,15 +81,15 @@ class _Reader(LocalTeacher):
         return found
 
 
-def read(source: str, limit: int | None = None) -> Data:
-    """Read dialogues (see distill.dialogues), or plain text: a .txt file (pieces between empty lines) or .jsonl with `text`.
+def read(source: str, limit: int | None = None, *, split: str = "train", subset: str = "") -> Data:
+    """Read dialogues (see distill.dialogues), or plain text: a .txt file (pieces between empty lines), or records with `text`.
 
     Raises CheckpointError, RecipeError when there is nothing in it.
     """
     path = Path(source).expanduser()
-    texts = _texts(path, limit)
+    texts = _texts(path, limit) if path.name.endswith((".txt", ".txt.gz")) else _recorded(source, limit, split, subset)
     if texts is None:
-        dialogues, report = load_dialogues(source, limit=limit)
+        dialogues, report = load_dialogues(source, split=split, subset=subset, limit=limit)
         return Data(tuple(dialogues), (), tuple(its.origin for its in dialogues), str(report))
     if not texts:
         raise RecipeError("there is no text in it", where=source)
@@ -101,75 +108,82 @@ def _pieces(text: str) -> list[str]:
     return [piece for piece in text.replace("\r\n", "\n").split("\n\n") if piece.strip()]
 
 
-def _texts(path: Path, limit: int | None) -> list[str] | None:
-    """The pieces of a plain-text file, None when it is not one: a .jsonl is, when its first record has a `text`."""
-    if path.suffix not in (".txt", ".jsonl") or not path.is_file():
-        return None
+def _texts(path: Path, limit: int | None) -> list[str]:
+    """The pieces of a plain-text file."""
     try:
-        with path.open(encoding="utf-8") as lines:
-            if path.suffix == ".txt":
-                return _pieces(lines.read())[:limit]
-            records = (json.loads(line) for line in lines if line.strip())
-            first = next(records, None)
-            if not isinstance(first, dict) or not isinstance(first.get("text"), str):
-                return None
-            texts = (record["text"] for record in chain([first], records))
-            return list(islice((text for text in texts if text.strip()), limit))
-    except (OSError, ValueError, RecursionError) as error:
+        content = path.read_bytes()
+        return _pieces((gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig"))[:limit]
+    except (OSError, EOFError, ValueError) as error:
         raise CheckpointError(f"cannot be read ({str(error)[:200]})", where=str(path)) from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RecipeError("a record has no text, though the first one has", where=str(path)) from error
+
+
+def _recorded(source: str, limit: int | None, split: str, subset: str) -> list[str] | None:
+    """The texts of records, None when the first record is none with a `text` (but perhaps a dialogue)."""
+    records = read_records(source, split, subset)
+    first = next(records, ("", None))
+    if not isinstance(first[1], Mapping) or not isinstance(first[1].get("text"), str) or not isinstance(said_in(first[1]), str):
+        return None
+    texts = (_text_of(record, origin) for origin, record in chain([first], records))
+    return list(islice((text for text in texts if text.strip()), limit))
+
+
+def _text_of(record: object, origin: str) -> str:
+    text = record.get("text") if isinstance(record, Mapping) else None
+    if not isinstance(text, str):
+        raise RecipeError("a record has no text, though the first one has", where=origin)
+    return text
 
 
 def measure(models: Models, data: Data) -> Work[tuple[Scores, list[dict]]]:
     """Read all pieces with every model; yields Progress; returns the scores and a record per model and piece.
 
     Of dialogues the replies and their end tokens are counted, each model reading its own chat template. Of plain text every
-    token is counted: it begins after the tokenizer's start token, and what exceeds the context is read in windows that follow
-    one another. A piece that some model cannot read counts for none.
+    token is counted that something stands before, and what exceeds the context is read in windows that follow one another. A piece
+    that some model cannot read counts for none; its record says why.
     """
     fingerprints(models)
     surprises = []
     for name, ref in models.items():
         with lend(ref, name) as model:
             surprises.append((yield from (_dialogues if data.dialogues else _plain)(_Reader(model, name), data)))
-    return _scores(tuple(models), data, surprises), _records(models, data, surprises)
+    return _scores(models, data, surprises), _records(models, data, surprises)
 
 
-def _dialogues(reader: _Reader, data: Data) -> Work[list[_Surprise | None]]:
+def _dialogues(reader: _Reader, data: Data) -> Work[list[_Surprise | str]]:
     encoder = Encoder(reader.tokenizer, None, reader.max_tokens)
-    encoded = [_attempt(encoder.encode, dialogue) for dialogue in data.dialogues]
-    known = [i for i, its in enumerate(encoded) if its is not None and len(its.labels)]
+    encoded = [_attempt(encoder, dialogue) for dialogue in data.dialogues]
+    known = [i for i, its in enumerate(encoded) if isinstance(its, Encoded)]
     nats = yield from reader.nats([encoded[i] for i in known])
-    found: list[_Surprise | None] = [None] * len(encoded)
+    found = list(encoded)
     for i, row in zip(known, nats, strict=True):
-        found[i] = _of_dialogue(data.dialogues[i], encoded[i], row, reader.max_tokens)
+        found[i] = _of_dialogue(data.dialogues[i], encoded[i], row, encoder.cuts(encoded[i]))
     return found
 
 
-def _attempt(encode: Callable[[Dialogue], Encoded], dialogue: Dialogue) -> Encoded | None:
+def _attempt(encoder: Encoder, dialogue: Dialogue) -> Encoded | str:
+    """The dialogue as a model reads it, or why nobody is measured on it."""
     try:
-        return encode(dialogue)
-    except MismatchError:  # the template changes this message: nobody is measured on it
-        return None
+        encoded = encoder.encode(dialogue)
+        encoder.check(dialogue, encoded)
+    except MismatchError as error:
+        return error.found
+    return encoded if len(encoded.labels) else "nothing of a reply fits into its context"
 
 
-def _of_dialogue(dialogue: Dialogue, encoded: Encoded, nats: np.ndarray, max_tokens: int | None) -> _Surprise | None:
-    """What a dialogue cost. Where it was cut off, the last token is left out: only before it the characters are known."""
-    replies = [len(answer.strip()) for _, answer in dialogue.turns]
-    last = int(encoded.turn[-1])
-    if max_tokens is None or len(encoded.ids) < max_tokens or (last == len(replies) - 1 and encoded.ends[-1]):
-        return _Surprise(float(nats.sum()), len(nats), sum(replies))
-    reached = replies[last] if encoded.ends[-1] else max(0, int(encoded.reached[-1]))
-    whole = len(nats) if encoded.ends[-1] else len(nats) - 1
-    characters = sum(replies[:last]) + reached
-    return _Surprise(float(nats[:whole].sum()), whole, characters, True) if characters else None
+def _of_dialogue(dialogue: Dialogue, encoded: Encoded, nats: np.ndarray, cut: bool) -> _Surprise | str:
+    """What a dialogue cost. Where it was cut off, the last token is left out: it may end within a character."""
+    whole = len(nats) - bool(cut and not encoded.ends[-1])
+    characters = int(encoded.letters[:whole].sum())
+    truncated = characters < sum(len(dialogue.turns[turn][1].strip()) for turn in dialogue.learnt)
+    return _Surprise(float(nats[:whole].sum()), whole, characters, truncated) if characters else "its context ends in a reply"
 
 
-def _plain(reader: _Reader, data: Data) -> Work[list[_Surprise | None]]:
-    encoded, owners = [], []
+def _plain(reader: _Reader, data: Data) -> Work[list[_Surprise | str]]:
+    encoded, owners, skipped = [], [], []
     for owner, text in enumerate(data.texts):
-        for window in _windows(reader, text):
+        start, ids, unread = _begun(reader.tokenizer, text)
+        skipped.append(unread)
+        for window in _windows(text, start, ids, reader.max_tokens):
             encoded.append(window)
             owners.append(owner)
     nats = yield from reader.nats(encoded)
@@ -177,43 +191,66 @@ def _plain(reader: _Reader, data: Data) -> Work[list[_Surprise | None]]:
     for owner, row in zip(owners, nats, strict=True):
         sums[owner] += row.sum()
         tokens[owner] += len(row)
-    return [_Surprise(float(total), int(count), len(text)) if count else None
-            for total, count, text in zip(sums, tokens, data.texts, strict=True)]
+    characters = [len(text) - unread for text, unread in zip(data.texts, skipped, strict=True)]
+    return [_Surprise(float(total), int(count), signs) if count and signs > 0 else "a single token with nothing before it"
+            for total, count, signs in zip(sums, tokens, characters, strict=True)]
 
 
-def _windows(reader: _Reader, text: str) -> list[Encoded]:
-    tokenizer, start = reader.tokenizer, reader.tokenizer.bos_token_id
-    start = tokenizer.eos_token_id if start is None else start
-    if start is None:
-        raise CheckpointError("its tokenizer has neither start nor end token", where=reader.mark)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    size = (reader.max_tokens or len(ids) + 1) - 1
-    return [_window(text, [start, *ids[begin:begin + size]]) for begin in range(0, len(ids), size)]
+def _begun(tokenizer, text: str) -> tuple[list[int], list[int], int]:
+    """What a tokenizer puts before a text, the text's own ids, and how many of its characters nothing stands before."""
+    try:
+        ids, whole = (list(tokenizer(text, add_special_tokens=more)["input_ids"]) for more in (False, True))
+    except (TypeError, UnicodeError) as error:  # half of a surrogate pair
+        raise RecipeError("a text holds a sign that no tokenizer can read", where=ascii(text[:60])) from error
+    at = next((at for at in range(len(whole) - len(ids) + 1) if whole[at:at + len(ids)] == ids), 0)
+    if at or not ids:
+        return whole[:at], ids, 0
+    first = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"][0][1] if tokenizer.is_fast \
+        else len(tokenizer.decode(ids[:1]))
+    return [], ids, int(first)
 
 
-def _window(text: str, ids: list[int]) -> Encoded:
-    labels = np.arange(1, len(ids))
+def _windows(text: str, start: list[int], ids: list[int], max_tokens: int | None) -> Iterator[Encoded]:
+    """The text in pieces of at most `max_tokens`, each after the start tokens, or else after the last token before it."""
+    context = len(start) or 1
+    size = max((max_tokens or len(start) + len(ids)) - context, 1)
+    for begin in range(0 if start else 1, len(ids), size):
+        before = start or ids[begin - 1:begin]
+        yield _window(text, [*before, *ids[begin:begin + size]], context)
+
+
+def _window(text: str, ids: list[int], context: int) -> Encoded:
+    labels = np.arange(context, len(ids))
     none = np.zeros(len(labels), np.int64)
     return Encoded(text, np.array(ids, np.int64), labels, none.astype(np.int32), none, none.astype(bool))
 
 
-def _scores(models: tuple[str, ...], data: Data, surprises: list[list[_Surprise | None]]) -> Scores:
+def _scores(models: Models, data: Data, surprises: list[list[_Surprise | str]]) -> Scores:
     """Two columns over the same pieces: per token and per character."""
-    kept = [i for i in range(len(data)) if all(row[i] is not None for row in surprises)]
+    kept = [i for i in range(len(data)) if all(isinstance(row[i], _Surprise) for row in surprises)]
     if not kept:
-        raise RecipeError("no piece of the data can be read by all models", todo="Leave out a model, or choose other data.")
+        why = "; ".join(unread_notes(_records(models, data, surprises)))
+        raise RecipeError(f"no piece of the data can be read by all models: {why}", todo="Leave out a model, or choose other data.")
     nats, tokens, characters, cut = (np.array([[getattr(row[i], field) for i in kept] for row in surprises])
                                      for field in ("nats", "tokens", "characters", "truncated"))
     weights = np.concatenate([tokens, characters], axis=1).astype(np.float64)
     values = np.concatenate([nats, nats], axis=1) / weights
-    title = f"Perplexity on {len(kept)} of {len(data)} {'dialogues' if data.dialogues else 'texts'}"
-    return Scores(title, models, tuple(str(i) for i in kept) * 2, (PER_TOKEN,) * len(kept) + (PER_CHARACTER,) * len(kept), values,
-                  np.concatenate([cut, cut], axis=1), weights, summary=PER_CHARACTER, unit="nats, lower is better", better="low")
+    title = f"Loss on {len(kept)} of {len(data)} {'dialogues' if data.dialogues else 'texts'}"
+    columns = (PER_TOKEN,) * len(kept) + (PER_CHARACTER,) * len(kept)
+    truncated = np.concatenate([cut, cut], axis=1)
+    return Scores(title, tuple(models), tuple(str(i) for i in kept) * 2, columns, values, truncated, weights,
+                  summary=PER_CHARACTER, unit="nats, lower is better", better="low")
 
 
-def _records(models: Models, data: Data, surprises: list[list[_Surprise | None]]) -> list[dict]:
-    return [{"model": name, "origin": data.origins[i], **(vars(its) if its else {"unread": True})}
+def _records(models: Models, data: Data, surprises: list[list[_Surprise | str]]) -> list[dict]:
+    return [{"model": name, "origin": data.origins[i], **({"unread": its} if isinstance(its, str) else vars(its))}
             for name, row in zip(models, surprises, strict=True) for i, its in enumerate(row)]
+
+
+def unread_notes(records: Sequence[Mapping]) -> list[str]:
+    """Why pieces were left out for all models, how often, and for whose sake."""
+    found = Counter((record["model"], record["unread"]) for record in records if "unread" in record)
+    return [f"{model} cannot read {count} of the pieces: {reason}" for (model, reason), count in found.items()]
 
 
 def per_token(scores: Scores) -> dict[str, float]:

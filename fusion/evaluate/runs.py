@@ -24,12 +24,15 @@ def by_questions(models: Models, questions: Sequence[tasks.Question], *, baselin
 
 
 def by_perplexity(models: Models, data: str | perplexity.Data, *, baseline: str | None = None,
-                  limit: int | None = None) -> Work[Evaluation]:
+                  limit: int | None = None, split: str = "train", subset: str = "") -> Work[Evaluation]:
     """Nats per token and per character on the dialogues or texts of a file or Hub dataset, or on `Data` that was read already."""
-    pieces = perplexity.read(data, limit) if isinstance(data, str) else data
+    pieces = perplexity.read(data, limit, split=split, subset=subset) if isinstance(data, str) else data
     scores, records = yield from perplexity.measure(models, pieces)
-    details = {"perplexity_per_token": perplexity.per_token(scores), "data": pieces.report}
-    notes = ("Models with different tokenizers are comparable per character only.",)
+    per_token = perplexity.per_token(scores)
+    details = {"perplexity_per_token": per_token, "data": pieces.report}
+    notes = ("Models with different tokenizers are comparable per character only.",
+             f"Perplexity, e to the nats per token: {', '.join(f'{name} {value:,.4g}' for name, value in per_token.items())}.",
+             *(() if pieces.dialogues else (perplexity.BEGINNING,)), *(f"{note}." for note in perplexity.unread_notes(records)))
     said = data if isinstance(data, str) else data.report
     return Evaluation("perplexity", {"models": written(models), "data": said, "limit": limit},
                       from_scores(scores, baseline, digits=4, notes=notes), scores, tuple(records), details)

@@ -16,7 +16,7 @@ from fusion.pairwise.recipe import FuseRecipe
 
 def prepare_dialogues(recipe: FuseRecipe, place: Place, encoders: Mapping[str, Encoder]) -> None:
     """Read, split and check the dialogues and keep them with a report; MismatchError when no model can be taught any."""
-    dialogues, report = load(recipe.data, limit=recipe.limit or None)
+    dialogues, report = load(recipe.data, split=recipe.split, subset=recipe.subset, limit=recipe.limit or None)
     dialogues = split_long(dialogues, lambda dialogue: longest(dialogue, encoders, recipe.max_tokens), recipe.max_tokens, report)
     kept = [shown for dialogue in dialogues if (shown := shown_to_all(dialogue, encoders, report)) is not None]
     if not kept:

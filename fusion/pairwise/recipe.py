@@ -31,10 +31,11 @@ class FuseRecipe:
     """A fusion run; the defaults are exact where the papers approximate, and the papers' elsewhere.
 
     `pivot`, `sources`: folders or Hub ids, `names` what the sources are called, `servers` by these names: sources that a server
-    runs, of which only the tokenizer is read from the folder. `data`: a file, folder or Hub dataset of
-    dialogues; `limit` takes only the first so many (0 = all). `template`: "own" (each model's chat template), "plain", or the
-    Jinja text of a template shared by all. `max_tokens` of a dialogue by the longest tokenisation; `top_k` tokens kept per
-    label. `mode` "pairwise" makes one target per source and merges them, "multi" one target from all sources at once, "sft" one
+    runs, of which only the tokenizer is read from the folder. `data`: a file, folder or Hub dataset of dialogues, `split` and
+    `subset` of a folder or dataset; `limit` takes only the first so many (0 = all). `template`: "own" (each model's chat
+    template), "plain", or the Jinja text of a template shared by all. `max_tokens` of a dialogue by the longest tokenisation;
+    `top_k` tokens kept per label. `mode` "pairwise" makes one target per source and merges them, "multi" one target from all
+    sources at once, "sft" one
     from the labels alone (λ = 1), the papers' baseline. `merge` holds settings of the final merge recipe (method, granularity …).
     Source: FuseChat, arXiv 2402.16107.
     """
@@ -43,6 +44,8 @@ class FuseRecipe:
     sources: tuple[str, ...]
     data: str
     names: tuple[str, ...] = ()
+    split: str = "train"
+    subset: str = ""
     limit: int = 0
     template: str = "own"
     max_tokens: int = 2048
