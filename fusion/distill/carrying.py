@@ -175,10 +175,13 @@ def _read_closely(at: np.ndarray, points: tuple, pivot: Encoded, source: Encoded
 
 
 def _bytes(encoded: Encoded, labels: np.ndarray, words: Vocabulary) -> tuple[bytes, list[bytes]]:
-    """What the first token of a reply begins with before the reply (white space), and the bytes of every label after that."""
+    """What the first token of a reply begins with before the reply (white space), and the bytes of every label after that.
+
+    A reply begins with no white space, so all of it is before: in the text, or set there by the tokenizer and without offsets.
+    """
     pieces = words.bytes(encoded.targets[labels])
-    before = words.of(encoded.targets[labels[:1]])[0][:max(-int(encoded.reached[labels[0]]), 0)]
-    lead = before.encode("utf-8", "surrogateescape") if before.isspace() else b""
+    first = words.of(encoded.targets[labels[:1]])[0] if encoded.reached[labels[0]] <= 0 else ""
+    lead = first[:len(first) - len(first.lstrip())].encode("utf-8", "surrogateescape")
     return lead, [pieces[0][len(lead):], *pieces[1:]]
 
 
