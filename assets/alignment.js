@@ -73,7 +73,7 @@ function fuseAlignment(root) {
       return part;
     };
     key.replaceChildren(model(data.pivot, 'pivot'), model(data.source, 'source'),
-      line('al-solid', 'starts at the same letter: can be heard'), line('al-dashed', 'same text, another cut'));
+      line('al-solid', 'starts at the same letter'), line('al-dashed', 'same text, another cut'));
   }
 
   function drawFlow() {
@@ -93,7 +93,7 @@ function fuseAlignment(root) {
       svg.setAttribute('aria-hidden', 'true');
       for (const [i, j] of group.links) {
         const path = document.createElementNS(SVG, 'path');
-        path.setAttribute('class', data.positions[i].source === j ? 'al-solid' : 'al-dashed');
+        path.setAttribute('class', data.positions[i].source === j && !data.positions[i].inside ? 'al-solid' : 'al-dashed');
         svg.append(path);
         lines.push({ node: path, svg, i, j });
       }
@@ -203,7 +203,7 @@ function fuseAlignment(root) {
     if (its.source < 0) return [];
     const part = el('div', 'al-lost');
     if (its.words.length) {
-      part.append(el('p', '', `Lost on the way: ${percent(its.lost)} of what ${data.source.name} expects.`),
+      part.append(el('p', '', `Lost on the way: ${percent(its.lost)} of what ${data.source.name} expects. The rest keeps its mass, ${percent(its.kept)} out of all.`),
         chipsOf(its.words, ({ becomes }) => (becomes === null ? 'no pivot token' : `a second ${seen(becomes)}`)));
     } else part.append(el('p', '', `Nothing was lost: every token ${data.source.name} expects has a pivot token.`));
     if (its.respelt.length) {

@@ -164,7 +164,7 @@ def test_inside_a_token_of_the_source_what_goes_on_as_the_pivot_wrote():
         def __init__(self, *texts: str):
             self.surfaces, self.tokens = list(texts), list(texts)
 
-        bytes, of, goes_on, begin = Vocabulary.bytes, Vocabulary.of, Vocabulary.goes_on, Vocabulary.begin
+        bytes, of, go_on, _inside = Vocabulary.bytes, Vocabulary.of, Vocabulary.go_on, Vocabulary._inside
         by_surface, _spelt = Vocabulary.by_surface, Vocabulary._spelt
         pieces = frozenset()
 

@@ -66,7 +66,8 @@ def _position(its: Position, seen: AlignmentView) -> dict:
     def words(heard: Iterable[Heard]) -> list[dict]:
         return [{"text": word.text, "chance": _short(word.chance), "becomes": word.becomes} for word in heard][:_SHOWN]
 
-    return {"text": its.token.text, "mark": its.token.mark, "source": its.source, "chosen": its.chosen, "lost": _short(its.lost),
+    return {"text": its.token.text, "mark": its.token.mark, "source": its.source, "inside": its.inside, "chosen": its.chosen,
+            "lost": _short(its.lost), "kept": _short(its.kept),
             "pivot": _entries(its.pivot), "mapped": _entries(its.mapped), "why": reason(its, seen),
             "words": words(word for word in its.heard if not word.kept),
             "respelt": words(word for word in its.heard if word.respelt and word.chance >= _WORTH_WORDS),

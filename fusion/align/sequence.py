@@ -85,9 +85,10 @@ def warp(pivot: Sequence[str], source: Sequence[str], *, pairs: Sequence[tuple[i
     `pivot` [M], `source` [N]: surfaces, compared without their leading space. `pairs` (pivot, source), rising in both: forced,
     for marks such as the ends of turns that are spelt differently. `discount`: an edit counts a tenth when one token contains
     the other (FuseChat 1; without it, FuseChat 2). `ties`: after the diagonal, step back in the "source" first (FuseChat 1,
-    FuseLLM) or in the "pivot" (FuseChat 2). `band`: only cells this near the diagonal are tried, widened while the path
-    touches its edge; None chooses it, a number ≥ both lengths is the whole table. Source: FuseLLM, arXiv 2401.10491, section
-    3.3; FuseChat, arXiv 2402.16107.
+    FuseLLM) or in the "pivot" (FuseChat 2). `band`: only cells this near the diagonal are tried, and twice as many
+    while the path touches the edge. A path that touches none may still miss a cheaper one further out where the band is a few
+    cells wide; None chooses it wide enough for any two tokenisations of a text, a number ≥ both lengths is the whole table and
+    always the cheapest path. Source: FuseLLM, arXiv 2401.10491, section 3.3; FuseChat, arXiv 2402.16107.
     """
     if ties not in TIES:
         raise ValueError(f"ties must be one of {', '.join(TIES)}, not {ties!r}")

@@ -112,10 +112,8 @@ def carry(link: Alignment, pivot: Encoded, source: Encoded, rows: Rows, table: n
     ids = np.where(heard, rows.ids[np.maximum(at, 0)], -1)
     chance = np.where(ids >= 0, np.exp(rows.logprobs[np.maximum(at, 0)].astype(np.float64)), 0.0)
     become, read = looked_up(table, ids), chance.sum(axis=1)
-    for i, place in places.items():
-        become[i], possible = _going_on(ids[i], become[i], place, words, spell)
-        share = chance[i, possible].sum()
-        chance[i] = np.where(possible, chance[i] * (read[i] / share), 0) if share > 0 else 0  # the tail keeps its share
+    if places:
+        _read_on(places, ids, become, chance, words, spell)
     mapped, chances, pieces = become, chance, {}
     if spell:
         first, rest, pieces = _begun(at, ids, points, pivot, source, rows)
@@ -185,21 +183,27 @@ def _bytes(encoded: Encoded, labels: np.ndarray, words: Vocabulary) -> tuple[byt
     return lead, [pieces[0][len(lead):], *pieces[1:]]
 
 
-def _going_on(ids: np.ndarray, become: np.ndarray, place: _Place, words: tuple[Vocabulary, Vocabulary],
-              spell: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Which pivot ids the source's entries [k] have at such a place, −1 for none; which of them are possible there at all."""
-    found, possible = np.full(len(ids), -1, np.int32), np.zeros(len(ids), bool)
-    for column in np.flatnonzero(ids >= 0):
-        text = words[1].bytes(ids[column:column + 1])[0]
-        if not text:  # a mark
-            found[column], possible[column] = (-1, False) if place.since else (become[column], True)
-            continue
-        text = text.removeprefix(place.their_lead)
-        possible[column] = text.startswith(place.since)
-        rest = text[len(place.since):]
-        if possible[column] and rest:
-            found[column] = words[0].goes_on(place.lead + rest, spell)
-    return found, possible
+def _read_on(places: dict[int, _Place], ids: np.ndarray, become: np.ndarray, chance: np.ndarray,
+             words: tuple[Vocabulary, Vocabulary], spell: bool) -> None:
+    """Put into `become` and `chance` what the source's entries `ids` [L, k] are at such places: those that do not begin with
+    what the pivot has written since are impossible, the others share their mass; the tail keeps its share."""
+    rests: dict[tuple[int, int], bytes] = {}
+    for i, place in places.items():
+        impossible = np.zeros(ids.shape[1], bool)
+        for column, text in enumerate(words[1].bytes(ids[i])):
+            if not text:  # a mark, or no entry
+                impossible[column] = bool(place.since)
+                continue
+            text = text.removeprefix(place.their_lead)
+            rest, become[i, column] = text[len(place.since):], -1
+            impossible[column] = not text.startswith(place.since)
+            if rest and not impossible[column]:
+                rests[i, column] = place.lead + rest
+        read, left = chance[i].sum(), chance[i, ~impossible].sum()
+        become[i, impossible] = -1
+        chance[i] = np.where(impossible, 0, chance[i] * (read / left if left > 0 else 0))
+    for at, token in zip(rests, words[0].go_on(list(rests.values()), spell), strict=True):
+        become[at] = token
 
 
 def _begun(at: np.ndarray, ids: np.ndarray, points: tuple, pivot: Encoded, source: Encoded,

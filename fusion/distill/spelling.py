@@ -46,8 +46,8 @@ class Vocabulary:
         return [self.surfaces[i] or "" if i < len(self.surfaces) else "" for i in ids]
 
     def bytes(self, ids: Sequence[int]) -> list[bytes]:
-        """The bytes of some ids; none for marks."""
-        return [self._spelt[i] if i < len(self._spelt) else b"" for i in ids]
+        """The bytes of some ids; none for marks and for −1."""
+        return [self._spelt[i] if 0 <= i < len(self._spelt) else b"" for i in ids]
 
     @cached_property
     def _spelt(self) -> list[bytes]:
@@ -63,10 +63,8 @@ class Vocabulary:
         A text is cut behind the first of `ANCHORS` that is cut as it is alone, with the bytes of the text after it.
         """
         left = list(dict.fromkeys(text for text in texts if text not in self._begun and _whole(text)))
-        for anchor in ANCHORS:
-            before = self._cut([anchor])[0]
-            cuts = self._cut([anchor + text for text in left])
-            for text, ids in zip(left, cuts, strict=True):
+        for anchor, before in zip(ANCHORS, self._anchors if left else (), strict=False):
+            for text, ids in zip(left, self._cut([anchor + text for text in left]), strict=True):
                 after = ids[len(before):]
                 if after and ids[:len(before)] == before and b"".join(self.bytes(after)) == text.encode():
                     self._begun[text] = after[0]
@@ -74,20 +72,27 @@ class Vocabulary:
         self._begun.update(dict.fromkeys(left, -1))
         return [self._begun.get(text, -1) for text in texts]
 
-    def goes_on(self, rest: bytes, spell: bool) -> int:
-        """The id with which a text goes on: the token for all of it, else (`spell`) the one with which it is begun; −1 for none.
+    def go_on(self, rests: Sequence[bytes], spell: bool) -> list[int]:
+        """The ids with which texts go on: the token for all of one, else (`spell`) the one with which it is begun; −1 for none.
 
         Inside a character that is the token of its other bytes, or else of the first of them.
         """
-        inside = next((i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), len(rest))
-        text = rest.decode("utf-8", "surrogateescape")
-        found = self.by_surface.get(text, -1)
-        if found >= 0 or not spell:
-            return found
-        if not inside:
-            return self.begin(text)
-        heads = (rest[:inside].decode("utf-8", "surrogateescape"), rest[:1].decode("utf-8", "surrogateescape"))
+        texts = [rest.decode("utf-8", "surrogateescape") for rest in rests]
+        found = [self.by_surface.get(text, -1) for text in texts]
+        missing = [i for i, token in enumerate(found) if token < 0 and spell]
+        for i, token in zip(missing, self.begins([texts[i] for i in missing]), strict=True):
+            found[i] = token if token >= 0 else self._inside(rests[i])
+        return found
+
+    def _inside(self, rest: bytes) -> int:
+        """The id with which a text goes on that begins with the last bytes of a character, −1 for none."""
+        other = next((i for i, byte in enumerate(rest) if byte & 0xC0 != 0x80), len(rest))
+        heads = (rest[:count].decode("utf-8", "surrogateescape") for count in (other, 1) if other)
         return next((self.by_surface[head] for head in heads if head in self.by_surface), -1)
+
+    @cached_property
+    def _anchors(self) -> list[list[int]]:
+        return self._cut(list(ANCHORS))
 
     def _cut(self, texts: list[str]) -> list[list[int]]:
         if not texts:

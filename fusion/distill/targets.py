@@ -15,10 +15,12 @@ from fusion.align import MAPPINGS, Alignment
 from fusion.distill.carrying import Carried, carry, link_labels
 from fusion.distill.encoding import Encoded
 from fusion.distill.fuse import LEVELS, Distributions, fuse, unit_losses
-from fusion.distill.spelling import Vocabulary
+from fusion.distill.spelling import Vocabulary, end_tokens, pair_counts, vocabulary_table
 from fusion.distill.store import Rows
 from fusion.errors import RecipeError, nearest
 
+__all__ = ["ALIGNMENTS", "TAILS", "Blend", "Fused", "Vocabulary", "end_tokens", "fuse_dialogue", "link_labels", "pair_counts",
+           "vocabulary_table"]
 ALIGNMENTS = ("offsets", "warp")
 TAILS = ("bucket", "renormalise")
 

@@ -64,6 +64,14 @@ def mass_table(statistics: Mapping[str, Mapping]) -> Iterator[str]:
         yield f"| {as_text(target)} | {as_text(source)} | {shares} |"
 
 
+def mass_note(statistics: Mapping) -> str:
+    """The same of one target in a sentence for each source, as text; "" where it was not counted."""
+    return "; ".join(f"{source}: {found:.0%} of its mass kept of {statistics['read'][source]:.0%} read, "
+                     f"{statistics['unwritten'][source]:.1%} on tokens that the pivot never writes here, "
+                     f"{statistics['emptied'][source]:.1%} of the places empty"
+                     for source, found in statistics.get("kept", {}).items())
+
+
 def training_table(curves: Mapping[str, Sequence[Mapping]]) -> Iterator[str]:
     """Steps, and the losses (nats a token) at the first and the last logged step, as Markdown."""
     yield "| target | steps | loss | language model | fusion |"
