@@ -136,6 +136,11 @@ class Adapted(View):
         """See Checkpoint."""
         return Checkpoint.vocabulary.func(self)
 
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """See Checkpoint."""
+        return self._tokens[1]
+
     @cached_property
     def tied_copies(self) -> frozenset[str]:
         """See Checkpoint; a head that the adapter changes is no copy any more, one that it leaves follows the embedding."""

@@ -165,16 +165,25 @@ class Checkpoint(Mapping[str, np.ndarray]):
     @cached_property
     def vocabulary(self) -> Mapping[str, int] | None:
         """Token → id of the tokenizer, added tokens included; None when there is no tokenizer.json."""
+        return self._tokens[0]
+
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """Token → id of what was added to the vocabulary that the tokenizer was trained with."""
+        return self._tokens[1]
+
+    @cached_property
+    def _tokens(self) -> tuple[Mapping[str, int] | None, Mapping[str, int]]:
         tokenizer = read_json(self.file("tokenizer.json"))
         if not isinstance(tokenizer.get("model"), dict):
-            return None
+            return None, {}
         vocab = tokenizer["model"].get("vocab")
         if isinstance(vocab, list):  # unigram: [[token, score], …]
             vocab = {str(entry[0]): i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
         added = tokenizer.get("added_tokens")
         added = {str(token["content"]): token["id"] for token in (added if isinstance(added, list) else ())
                  if isinstance(token, dict) and {"content", "id"} <= token.keys()}
-        return {**vocab, **added} if isinstance(vocab, dict) else None
+        return ({**vocab, **added}, added) if isinstance(vocab, dict) else (None, {})
 
     @cached_property
     def chat_template(self) -> str | None:

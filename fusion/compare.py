@@ -19,6 +19,7 @@ import numpy as np
 from fusion.alike import alike
 from fusion.anatomy import place
 from fusion.checkpoint import Checkpoint
+from fusion.configs import Difference, differences, flat, stop_tokens
 from fusion.errors import FusionError, MismatchError
 from fusion.inspection.deltas import gram, squares
 from fusion.inspection.report import plain, share
@@ -29,15 +30,6 @@ from fusion.progress import Work
 from fusion.recipe import Recipe, load_stages, short_names
 from fusion.slices import is_lent
 from fusion.sources import open_checkpoint
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One setting that differs: its dotted path, and both values as plain data (None where it is not set)."""
-
-    setting: str
-    first: object
-    second: object
 
 
 @dataclass(frozen=True)
@@ -108,8 +100,8 @@ def compare_recipes(first: Sequence[Recipe], second: Sequence[Recipe]) -> tuple[
     """The settings in which two recipes (each a sequence of stages) differ, defaults written out; paths of stages count from 1."""
     def table(stages: Sequence[Recipe]) -> dict[str, object]:
         if len(stages) == 1:
-            return _flat(_named(stages[0]))
-        return {f"stage {n}.{key}": value for n, recipe in enumerate(stages, 1) for key, value in _flat(_named(recipe)).items()}
+            return flat(_named(stages[0]))
+        return {f"stage {n}.{key}": value for n, recipe in enumerate(stages, 1) for key, value in flat(_named(recipe)).items()}
 
     return _differences(table(first), table(second))
 
@@ -173,8 +165,14 @@ def _compared(models: Sequence[Checkpoint], base: Checkpoint | None, notes: list
         (first.name, second.name), tuple(names), tuple(first.info[name].shape for name in names), table("square"),
         table("first_square"), base.name if base else "", table("products") if base else None,
         (tuple(name for name in wanted if name not in known), tuple(name for name in given if name not in known)),
-        compare_recipes(*recipes) if all(recipes) else None, _differences(_flat(first.config), _flat(second.config)),
+        compare_recipes(*recipes) if all(recipes) else None, _configs(first, second),
         _tokenizers(first, second), tuple(_weights(first, second)), tuple(notes))
+
+
+def _configs(first: Checkpoint, second: Checkpoint) -> tuple[Difference, ...]:
+    """What the configs say otherwise, and where replies end."""
+    ends = [{f"eos_token_id ({file})": list(ids) for file, ids in stop_tokens(model).items()} for model in (first, second)]
+    return (*differences(first.config, second.config), *_differences(*ends))
 
 
 def _common_pivot(models: Sequence[Checkpoint], notes: list[str]) -> Checkpoint | None:
@@ -227,17 +225,6 @@ def _named(recipe: Recipe) -> dict:
     """A recipe as plain data with its targets by their names, so that their order alone is one difference."""
     data = recipe.explicit().to_dict()
     return {**data, "targets": {one["name"]: one["path"] for one in data["targets"]}, "order": list(recipe.names)}
-
-
-def _flat(value: object, path: str = "") -> dict[str, object]:
-    """Nested tables as one: dotted path → value; lists stay whole unless they hold tables."""
-    if isinstance(value, dict):
-        parts = value.items()
-    elif isinstance(value, list) and any(isinstance(one, dict) for one in value):
-        parts = enumerate(value, 1)
-    else:
-        return {path: value}
-    return {key: inner for name, one in parts for key, inner in _flat(one, f"{path}.{name}" if path else str(name)).items()}
 
 
 def _differences(first: Mapping[str, object], second: Mapping[str, object]) -> tuple[Difference, ...]:

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from fusion import dtypes, side_files
-from fusion.alike import alike
 from fusion.blocks import Blocks, Stored
 from fusion.checkpoint import Checkpoint
 from fusion.checkpoint_stack import CheckpointStack, InputDigests
@@ -30,6 +29,7 @@ from fusion.preflight import Finding, Preflight, mergeable_names, preflight
 from fusion.recipe import Recipe
 from fusion.slices import PIVOT, is_lent, restack
 from fusion.sources import open_checkpoint
+from fusion.untied import side_by_side
 from fusion.variation import Variation, nonfinite
 from fusion.version import VERSION
 from fusion.vocabulary import unify
@@ -69,7 +69,7 @@ class MergePlan:
         refs = [(places or {}).get(ref, ref) for ref in (recipe.pivot, *recipe.targets)]
         opened = [open_checkpoint(ref, name) for ref, name in zip(refs, (recipe.pivot_name, *recipe.names), strict=True)]
         sources = dict(zip((PIVOT, *recipe.names), opened, strict=True))
-        pivot, *targets = opened[0], *(alike(opened[0], target) for target in opened[1:])
+        pivot, targets = side_by_side(opened[0], opened[1:])
         files: Mapping[str, bytes] = {}
         if recipe.vocabulary:
             pivot, targets, files = unify(pivot, targets, recipe.vocabulary)

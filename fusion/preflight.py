@@ -11,41 +11,24 @@ import contextlib
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fusion import dtypes
-from fusion.alike import alike, names_view, one_family
-from fusion.anatomy import place
 from fusion.checkpoint import Checkpoint
-from fusion.errors import FusionError, MismatchError, OutputError, RecipeError, ResourceError
+from fusion.compatibility import Finding, fits, mergeable_names, rowless
+from fusion.errors import OutputError, RecipeError, ResourceError
 from fusion.journal import reclaimable_bytes
 from fusion.methods import METHODS
 from fusion.methods.stack import BLOCK
-from fusion.naming import is_buffer
 from fusion.side_files import has_tokenizer, left_out
 from fusion.tables import bytes_text
 from fusion.threads import THREADS
+from fusion.untied import side_by_side
 
 LEVELS = ("good", "warning", "bad")
-FUSE_FIRST = "It needs pairwise fusion first: that turns any chat model into a target of the pivot's shape."
-_HARMLESS = {"_name_or_path", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache", "bos_token_id",
-             "eos_token_id", "pad_token_id", "tie_word_embeddings"}  # settings that do not change what a weight means
-_HEADS = {"num_attention_heads", "num_key_value_heads", "head_dim", "n_head"}  # equal shapes, other meaning
 RUNTIME_BYTES = 60_000_000  # Python, numpy, and the machine code that is loaded when the work is worth it
 _PACE_BYTES_PER_S = 0.8e9
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing the preflight found: `level` good, warning or bad; `model` and `topic` it concerns; `text` in words."""
-
-    level: str
-    model: str
-    topic: str
-    text: str
-    tensor: str = ""
-    kind: type[FusionError] = field(default=MismatchError, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -118,20 +101,19 @@ def preflight(pivot: Checkpoint, targets: Sequence[Checkpoint], *, out: str | os
     name of the merge method; `in_memory` says that the result is kept in memory; `donor` gives tokenizer, template and
     generation config (default: the pivot).
     """
-    names, given = mergeable_names(pivot), targets
-    targets = [alike(pivot, target) for target in given]
+    given = (pivot, *targets)
+    pivot, targets = side_by_side(pivot, targets)
+    names = mergeable_names(pivot)
     findings = list(_count(pivot, targets, METHODS[method].measured))
     for target in targets:
-        found = [*_shapes(pivot, target), *_vocabulary(pivot, target), *_rest(pivot, target)]
-        findings += [*_names(pivot, target),
-                     *(found or [Finding("good", target.name, "ready", "Same shape and vocabulary as the pivot.")])]
-    findings += _files(pivot, donor or pivot)
+        findings += fits(pivot, target)
+    findings += [*rowless(pivot), *_files(pivot, donor or pivot)]
     read = sum(model.info[name].nbytes for model in (pivot, *targets) for name in names if name in model.info)
     written = output_bytes(pivot, dtype)
     free = shutil.disk_usage(_existing(Path(out) if out else Path.cwd())).free + (reclaimable_bytes(out) if out else 0)
     memory = peak_memory_bytes(pivot, len(targets), method) + (written if in_memory else 0)
     findings += [*_output(out, written, free), *_memory(memory, available_memory_bytes())]
-    return Preflight(tuple(facts(model, "pivot" if i == 0 else "target") for i, model in enumerate((pivot, *given))),
+    return Preflight(tuple(facts(model, "pivot" if i == 0 else "target") for i, model in enumerate(given)),
                      tuple(findings), len(names), read, written, memory, free, (2 * read + written) / _PACE_BYTES_PER_S)
 
 
@@ -141,13 +123,6 @@ def facts(model: Checkpoint, role: str) -> Facts:
     return Facts(model.name, role, model.architecture, model.layers, model.parameters, len(model), dtypes.name(model.dtype),
                  model.nbytes, model.vocab_size, len(vocabulary) if vocabulary is not None else None, model.tied,
                  model.chat_template is not None)
-
-
-def mergeable_names(pivot: Checkpoint) -> list[str]:
-    """The tensors a merge computes: the pivot's float tensors, without tied copies of the embedding and what models compute
-    by themselves."""
-    return [name for name, tensor in pivot.info.items() if tensor.dtype in dtypes.FLOATS and name not in pivot.tied_copies
-            and not is_buffer(name, tensor.shape)]
 
 
 def output_bytes(pivot: Checkpoint, dtype: str | None) -> int:
@@ -204,92 +179,6 @@ def _count(pivot: Checkpoint, targets: Sequence[Checkpoint], measured: bool):
             yield Finding("bad", target.name, "duplicate", text, kind=RecipeError)
         seen[target.origin] = target.name
         names.add(target.name)
-
-
-def _names(pivot: Checkpoint, target: Checkpoint):
-    """What is told of tensors that have other names, or that only one of the two has and needs."""
-    view = names_view(target)
-    if view is None:
-        return
-    if renamed := view.renamed:
-        yield Finding("good", target.name, "names", f"Its tensors have other names ({renamed[0]} for {renamed[1]}); the merge has "
-                      "the pivot's.")
-    for names, what in ((sorted(view.lent), "It lacks {}; the merge keeps the pivot's."),
-                        (sorted(view.left), "It has {} besides; the merge leaves that out.")):
-        if names:
-            only = all(is_buffer(name, (view.info.get(name) or view.model.info[name]).shape) for name in names)
-            tail = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            yield Finding("good" if only else "warning", target.name, "tensors", what.format(f"{names[0]}{tail}"), names[0])
-
-
-def _shapes(pivot: Checkpoint, target: Checkpoint):
-    wanted, given = mergeable_names(pivot), set(mergeable_names(target))
-    other = next((name for name in wanted if name in given and target.info[name].shape != pivot.info[name].shape), None)
-    kin = one_family(pivot, target) and other is None and given.issuperset(wanted)
-    if pivot.architecture != target.architecture and kin:
-        yield Finding("warning", target.name, "architecture", f"Its class is {target.architecture}, the pivot's is "
-                      f"{pivot.architecture}; what reads and writes text is the same in both.")
-    elif pivot.architecture != target.architecture:
-        first = other or next((name for name in wanted if name not in given), "")
-        example = f" The first tensor that differs is {first}." if first else ""
-        yield Finding("bad", target.name, "architecture", f"Its architecture is {target.architecture}, the pivot's is "
-                      f"{pivot.architecture}.{example} {FUSE_FIRST}", first)
-        return
-    if other:
-        yield Finding("bad", target.name, "shape", f"{other} has shape {list(target.info[other].shape)}, in the pivot it is "
-                      f"{list(pivot.info[other].shape)}. {FUSE_FIRST}", other)
-        return
-    missing = [name for name in wanted if name not in given]
-    extra = [name for name in mergeable_names(target) if name not in set(wanted)]
-    whole = next((name for name in missing if name in target.info and name not in target.tied_copies), None)
-    if whole:
-        yield Finding("bad", target.name, "dtype", f"{whole} is stored as {target.info[whole].dtype}, in the pivot as "
-                      f"{dtypes.name(pivot.info[whole].dtype)}; only floating point weights can be merged.", whole)
-    elif missing:
-        tail = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        yield Finding("bad", target.name, "missing", f"It lacks {missing[0]}{tail}. {_why(pivot, target, missing[0])}", missing[0])
-    elif extra:
-        tail = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        yield Finding("bad", target.name, "extra", f"It has {extra[0]}{tail}, which the pivot has not. "
-                      f"{_why(pivot, target, extra[0])}", extra[0])
-
-
-def _why(pivot: Checkpoint, target: Checkpoint, name: str) -> str:
-    if place(name).kind == "head" and pivot.tied != target.tied:
-        tied, loose = (pivot, target) if pivot.tied else (target, pivot)
-        return f"{tied.name} ties its head to the embedding, {loose.name} does not."
-    return FUSE_FIRST
-
-
-def _vocabulary(pivot: Checkpoint, target: Checkpoint):
-    mine, theirs = pivot.vocabulary, target.vocabulary
-    if mine is None or theirs is None:
-        lacking = pivot.name if mine is None else target.name
-        yield Finding("warning", target.name, "vocabulary", f"{lacking} has no tokenizer.json, so the vocabularies could not be "
-                      "compared. Make sure that both models number their tokens alike.")
-    elif mine != theirs:
-        odd = next((token for token, number in theirs.items() if mine.get(token) != number), None)
-        odd = odd if odd is not None else next((token for token in mine if token not in theirs), None)
-        yield Finding("bad", target.name, "vocabulary", f"Its vocabulary differs from the pivot's ({len(theirs)} and "
-                      f"{len(mine)} tokens; the first difference is {odd!r}). Rebuild the embeddings with the setting `vocabulary` "
-                      f"(pivot, common or union). {FUSE_FIRST}")
-
-
-def _rest(pivot: Checkpoint, target: Checkpoint):
-    def plain(config: dict) -> dict:
-        return {key: value for key, value in config.items() if key not in _HARMLESS and value is not None}
-
-    mine, theirs = plain(pivot.config), plain(target.config)
-    odd = sorted(key for key in mine.keys() & theirs.keys() if mine[key] != theirs[key])
-    if odd:
-        said = "; ".join(f"{key} is {theirs[key]} here and {mine[key]} in the pivot" for key in odd[:4])
-        yield Finding("bad" if _HEADS & set(odd) else "warning", target.name, "config",
-                      f"In the config, {said}. The merge computes with the pivot's.")
-    if target.dtype != pivot.dtype:
-        yield Finding("warning", target.name, "dtype", f"It is stored as {dtypes.name(target.dtype)}, the pivot as "
-                      f"{dtypes.name(pivot.dtype)}; part of its variation is rounding.")
-    if pivot.chat_template != target.chat_template:
-        yield Finding("warning", target.name, "chat template", "Its chat template is not the pivot's; the merge has the donor's.")
 
 
 def _files(pivot: Checkpoint, donor: Checkpoint):

@@ -18,6 +18,7 @@ from fusion.checkpoint import Checkpoint
 from fusion.errors import RecipeError
 from fusion.files import Span
 from fusion.settings import Slice, depth
+from fusion.untied import Untied
 from fusion.view import View
 from fusion.vocabulary import Remapped
 
@@ -68,6 +69,8 @@ def origin_of(model: Checkpoint, name: str) -> tuple[Checkpoint, str]:
         return origin_of(*model.owned[name])
     if isinstance(model, Remapped) and name not in model.tables:
         return origin_of(model.model, name)
+    if isinstance(model, Untied):
+        return origin_of(model.model, model.own(name))
     return (model.source(name) if isinstance(model, Alike) else None) or (model, name)
 
 
@@ -77,6 +80,8 @@ def is_lent(model: Checkpoint, name: str) -> bool:
         return is_lent(*model.owned[name])
     if isinstance(model, Remapped):
         return is_lent(model.model, name)
+    if isinstance(model, Untied):
+        return is_lent(model.model, model.own(name))
     return isinstance(model, Alike) and name in model.lent
 
 

@@ -33,16 +33,17 @@ class Added:
 
 
 class Tokens:
-    """The tokenizer of a checkpoint; CheckpointError when it has none or a broken one."""
+    """The tokenizer of a checkpoint; `ids` has the tokens below `rows`. CheckpointError when it has none or a broken one."""
 
-    def __init__(self, model: Checkpoint):
+    def __init__(self, model: Checkpoint, rows: int | None = None):
         if not model.vocabulary:
             raise CheckpointError("there is no tokenizer.json, so its tokens are not known", where=model.name,
                                   todo="Save its tokenizer with AutoTokenizer.from_pretrained(…).save_pretrained(…).")
         bad = next((token for token, number in model.vocabulary.items() if type(number) is not int or number < 0), None)
         if bad is not None:
             raise CheckpointError(f"the id of token {bad!r} is {model.vocabulary[bad]!r}", where=model.name)
-        self.model, self.ids = model, model.vocabulary
+        self.model = model
+        self.ids = {token: number for token, number in model.vocabulary.items() if rows is None or number < rows}
 
     @cached_property
     def file(self) -> dict:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusion import compiled
-from fusion.alike import alike
 from fusion.anatomy import GRANULARITIES, place
 from fusion.blocks import Blocks, new_digests
 from fusion.checkpoint import Checkpoint
@@ -28,6 +27,7 @@ from fusion.errors import CheckpointError, RecipeError, Stopped, nearest
 from fusion.preflight import mergeable_names, preflight
 from fusion.progress import Meter, Work
 from fusion.threads import THREADS
+from fusion.untied import side_by_side
 
 MEASURES = ("square", "absolute")
 
@@ -145,7 +145,7 @@ def measure(pivot: Checkpoint, targets: Sequence[Checkpoint], *, elements: bool 
     Raises MismatchError when a target has not the pivot's shape, CheckpointError (naming tensor and model) for NaN or Inf
     unless `allow_nonfinite`, in which case elements that are not finite count as unchanged.
     """
-    targets = [alike(pivot, target) for target in targets]
+    pivot, targets = side_by_side(pivot, targets)
     models = (pivot, *targets)
     preflight(pivot, targets).raise_if_bad()
     names = mergeable_names(pivot)

@@ -60,6 +60,11 @@ class View(Checkpoint):
         return self.model.vocabulary
 
     @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """See Checkpoint."""
+        return self.model.added_tokens
+
+    @property
     def tied_copies(self) -> frozenset[str]:
         """See Checkpoint."""
         return self.model.tied_copies

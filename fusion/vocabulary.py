@@ -4,9 +4,10 @@
 
 Modes: "" refuses different vocabularies · "pivot": the pivot's tokens; where a target lacks one, the pivot's row stands, so
 that nothing moves there · "common": as "pivot", but only rows of tokens that all models share are merged · "union": the
-pivot's tokens keep their ids, tokens that only targets have come after them; a model that lacks one uses the mean of the rows
-of the pieces into which its own tokenizer cuts the token's text. Rows behind the last token (padding) stay the pivot's.
-Price: rows are read one by one where the order differs; nothing is copied.
+pivot's tokens keep their ids, tokens that only targets have come after them; a model that lacks one has the row of the only
+model that has it, or the mean of the rows of all that do, as mergekit does: nothing moves there that no model was trained for.
+Rows behind the last token (padding) stay the pivot's. A token that a tokenizer has beyond its model's last row counts as one
+that the model lacks. Price: rows are read one by one where the order differs; nothing is copied.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from fusion.files import Span
 from fusion.tokens import Added, Tokens, check_round_trip, extended, files_of
 from fusion.view import View
 
+FUSE_FIRST = "It needs pairwise fusion first: that turns any chat model into a target of the pivot's shape."
+REBUILD = ("Set vocabulary to pivot, common or union (--vocabulary): pivot keeps the pivot's tokens, union adds those that only "
+           "this model has.")
 MODES = ("", "pivot", "common", "union")
 _POSITIONS = re.compile(r"wpe|position")
 _PADDING = 128  # vocabularies are padded to multiples of at most this
@@ -37,12 +41,12 @@ _PADDING = 128  # vocabularies are padded to multiples of at most this
 @dataclass(frozen=True)
 class Rows:
     """Where the rows of one model's tables come from: row i of the result is row `row[i]` of `models[owner[i]]`, or the mean
-    of the model's own rows `pieces[i]`. `models[0]` is the model itself."""
+    of the rows `means[i]`, each an owner and its row. `models[0]` is the model itself."""
 
     models: tuple[Checkpoint, ...]
     owner: np.ndarray
     row: np.ndarray
-    pieces: Mapping[int, tuple[int, ...]]
+    means: Mapping[int, tuple[tuple[int, int], ...]]
 
 
 class Remapped(View):
@@ -75,7 +79,7 @@ class Remapped(View):
         for begin, end in self._runs(first, last):
             low, high = max(start, begin * width), min(stop, end * width)
             part = out[low - start:high - start]
-            if begin in self.rows.pieces:
+            if begin in self.rows.means:
                 part[:] = self._mean(name, begin, width)[low - begin * width:high - begin * width]
             else:
                 shift = (int(self.rows.row[begin]) - begin) * width
@@ -91,9 +95,9 @@ class Remapped(View):
 
     def _mean(self, name: str, row: int, width: int) -> np.ndarray:
         total = np.zeros(width)
-        for piece in self.rows.pieces[row]:
-            total += self.model.read(name, piece * width, (piece + 1) * width, np.empty(width, np.float32))
-        return (total / len(self.rows.pieces[row])).astype(np.float32)
+        for owner, its in self.rows.means[row]:
+            total += self.rows.models[owner].read(name, its * width, (its + 1) * width, np.empty(width, np.float32))
+        return (total / len(self.rows.means[row])).astype(np.float32)
 
     @property
     def vocabulary(self) -> Mapping[str, int] | None:
@@ -120,15 +124,16 @@ def unify(pivot: Checkpoint, targets: Sequence[Checkpoint],
         for target in targets:
             refuse_difference(pivot, target)
         return pivot, tuple(targets), {}
-    known = [Tokens(model) for model in (pivot, *targets)]
-    counts = [row_count(tokens) for tokens in known]
+    counts = [row_count(model) for model in (pivot, *targets)]
+    known = [Tokens(model, count) for model, count in zip((pivot, *targets), counts, strict=True)]
     same = [(tokens.ids, count) == (known[0].ids, counts[0]) for tokens, count in zip(known, counts, strict=True)]
     if all(same):
         return pivot, tuple(targets), {}
     counterparts = [_counterparts(known[0], tokens) for tokens in known]
     added = _additions(known, counterparts) if mode == "union" else []
-    files = extended(known[0], [token for token, _ in added]) if added else files_of(pivot)
-    total = _padded(counts[0], known[0].ids, len(added))
+    new = [token for token, _ in added if token.text not in pivot.vocabulary]
+    files = extended(known[0], new) if new else files_of(pivot)
+    total = _padded(counts[0], known[0].ids, max((token.number + 1 for token, _ in added), default=0))
     if added:
         check_round_trip(known[0], files["tokenizer.json"], [token for token, _ in added], total)
     if mode == "common":
@@ -143,16 +148,46 @@ def unify(pivot: Checkpoint, targets: Sequence[Checkpoint],
 
 def refuse_difference(pivot: Checkpoint, target: Checkpoint) -> None:
     """MismatchError that says which tokens differ, unless the vocabularies agree or one of them is not known."""
-    mine, theirs = pivot.vocabulary, target.vocabulary
+    found = unlike(pivot, target)
+    if found:
+        raise MismatchError(f"its vocabulary differs from the pivot's: {found.text}", where=target.name, todo=f"{found.advice}")
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """How two vocabularies differ: in words, and what to do about it."""
+
+    text: str
+    advice: str
+
+
+def unlike(pivot: Checkpoint, target: Checkpoint) -> Unlike | None:
+    """How the tokens of a target differ from the pivot's, those left out that have no row; None where they agree or one of both
+    vocabularies is not known."""
+    mine, theirs = with_rows(pivot), with_rows(target)
     if mine is None or theirs is None or mine == theirs:
-        return
+        return None
     lacking = [token for token in mine if token not in theirs]
     new = [token for token in theirs if token not in mine]
     moved = [token for token in theirs if token in mine and mine[token] != theirs[token]]
     said = [f"{len(tokens)} {what} ({', '.join(map(repr, tokens[:3]))}{' …' if len(tokens) > 3 else ''})"
             for tokens, what in ((lacking, "missing"), (new, "new"), (moved, "at other ids")) if tokens]
-    raise MismatchError(f"its vocabulary differs from the pivot's: {', '.join(said)}", where=target.name,
-                        todo="Set vocabulary to pivot, common or union, or fuse the models pairwise first.")
+    if len(new) * 2 > len(theirs) and len(lacking) * 2 > len(mine):
+        return Unlike(", ".join(said), FUSE_FIRST)
+    return Unlike(", ".join(said), REBUILD)
+
+
+def with_rows(model: Checkpoint) -> Mapping[str, int] | None:
+    """The tokens of a model without those that were added beyond the last row of its embedding; None where they are not known."""
+    beyond = set(without_rows(model)) & set(model.added_tokens)
+    return {token: number for token, number in model.vocabulary.items() if token not in beyond} if beyond else model.vocabulary
+
+
+def without_rows(model: Checkpoint) -> list[str]:
+    """The tokens of a tokenizer beyond the last row of the model's embedding."""
+    rows = max((model.info[name].shape[0] for name in tables(model)), default=None)
+    return [] if rows is None else [token for token, number in (model.vocabulary or {}).items()
+                                    if type(number) is int and number >= rows]
 
 
 def tables(model: Checkpoint) -> list[str]:
@@ -165,12 +200,13 @@ def tables(model: Checkpoint) -> list[str]:
     return [name for name in found if model.info[name].shape[0] == size]
 
 
-def row_count(tokens: Tokens) -> int:
-    """Rows of a model's tables; MismatchError when it has none or fewer than tokens."""
-    names, needed = tables(tokens.model), max(tokens.ids.values()) + 1
-    count = tokens.model.info[names[0]].shape[0] if names else 0
+def row_count(model: Checkpoint) -> int:
+    """Rows of a model's tables; MismatchError when it has none, or no row for a token that was not added later."""
+    names, tokens = tables(model), Tokens(model)
+    count = model.info[names[0]].shape[0] if names else 0
+    needed = max((number for token, number in tokens.ids.items() if token not in model.added_tokens), default=-1) + 1
     if count < needed:
-        raise MismatchError(f"its embedding has {count} rows for {needed} tokens", where=tokens.model.name,
+        raise MismatchError(f"its embedding has {count} rows for {needed} tokens", where=model.name,
                             todo="Give the tokenizer that belongs to these weights.")
     return count
 
@@ -204,39 +240,38 @@ def _additions(known: Sequence[Tokens], counterparts: Sequence[Mapping[int, int]
             if text.strip() and text not in texts and _whole(text):
                 owners.setdefault(text, {}).setdefault(j, number)
                 special[text] = special.get(text, False) or tokens.added.get(token, False)
-    first = max(known[0].ids.values()) + 1
-    return [(Added(text, first + i, special[text]), its) for i, (text, its) in enumerate(owners.items())]
+    full = known[0].model.vocabulary or {}
+    first, new = max(full.values()) + 1, [text for text in owners if text not in full]  # others had an id, but no row
+    numbers = {**full, **{text: first + i for i, text in enumerate(new)}}
+    return [(Added(text, numbers[text], special[text]), its) for text, its in owners.items()]
 
 
 def _whole(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _padded(rows: int, ids: Mapping[str, int], added: int) -> int:
+def _padded(rows: int, ids: Mapping[str, int], needed: int) -> int:
     """Rows of the result: added tokens use the padding first; a padded table stays padded to the same multiple."""
-    used = max(ids.values()) + 1
-    if used + added <= rows:
+    if needed <= rows:
         return rows
-    multiple = math.gcd(rows, _PADDING) if used < rows else 1
-    return -(-(used + added) // multiple) * multiple
+    multiple = math.gcd(rows, _PADDING) if max(ids.values()) + 1 < rows else 1
+    return -(-needed // multiple) * multiple
 
 
 def _rows(known: Sequence[Tokens], j: int, counterpart: Mapping[int, int], added: Sequence[tuple[Added, dict[int, int]]],
           total: int) -> Rows:
     """The rows of model `j` (0: the pivot) for every row of the result."""
-    have = row_count(known[0])
+    have = row_count(known[0].model)
     models = (known[j].model, known[0].model, *(tokens.model for tokens in known))
-    owner, row, pieces = np.ones(total, np.int64), np.minimum(np.arange(total), have - 1), {}
+    owner, row, means = np.ones(total, np.int64), np.minimum(np.arange(total), have - 1), {}
     for number, own in counterpart.items():
         owner[number], row[number] = 0, own
     for token, owners in added:
-        own = owners.get(j)
-        cut = known[j].pieces(token.text) if own is None else ()
-        if own is not None:
-            owner[token.number], row[token.number] = 0, own
-        elif cut:
-            owner[token.number], row[token.number], pieces[token.number] = 0, -1, cut
-        else:  # a text that this tokenizer drops altogether
-            other = min(owners)
-            owner[token.number], row[token.number] = 2 + other, owners[other]
-    return Rows(models, owner, row, pieces)
+        holders = tuple((2 + other, its) for other, its in owners.items())
+        if j in owners:
+            owner[token.number], row[token.number] = 0, owners[j]
+        elif len(holders) == 1:
+            owner[token.number], row[token.number] = holders[0]
+        else:
+            owner[token.number], row[token.number], means[token.number] = 0, -1, holders
+    return Rows(models, owner, row, means)

@@ -74,7 +74,7 @@ def test_another_architecture_names_the_first_tensor_and_asks_for_fusion(pair):
     assert "GPT2LMHeadModel" in found.text and "LlamaForCausalLM" in found.text
 
 
-def test_another_vocabulary_names_the_first_token_and_asks_for_fusion(pair):
+def test_another_vocabulary_names_the_tokens_and_the_setting(pair):
     pivot, target = pair()
     for model in (pivot, target):
         tiny_tokenizer().save_pretrained(model.folder)
@@ -83,7 +83,7 @@ def test_another_vocabulary_names_the_first_token_and_asks_for_fusion(pair):
     other["model"]["vocab"]["zebra"] = other["model"]["vocab"].pop("!")
     file.write_text(json.dumps(other))
     found = bad(Checkpoint(pivot.folder), Checkpoint(target.folder))
-    assert "'zebra'" in found.text and "needs pairwise fusion first" in found.text
+    assert "1 new ('zebra')" in found.text and "--vocabulary" in found.text and "fusion" not in found.text
 
 
 def test_the_error_says_which_model_which_tensor_and_what_to_do(pair):
@@ -102,23 +102,24 @@ def test_names_and_kinds_of_numbers_must_agree(pair, tensors, tensor, words):
     assert found.tensor == tensor and words in found.text
 
 
-@pytest.mark.parametrize(("pivot", "pivot_tied", "target", "target_tied", "mergeable"), [
-    (without(HEAD), True, without(HEAD), True, True),
-    (without(HEAD), True, TENSORS, True, True),
-    (TENSORS, True, without(HEAD), True, True),
-    (TENSORS, False, TENSORS, False, True),
-    (without(HEAD), True, TENSORS, False, False),
-    (TENSORS, False, without(HEAD), True, False),
-    (TENSORS, False, TENSORS, True, False),
+@pytest.mark.parametrize(("pivot", "pivot_tied", "target", "target_tied", "said"), [
+    (without(HEAD), True, without(HEAD), True, ""),
+    (without(HEAD), True, TENSORS, True, ""),
+    (TENSORS, True, without(HEAD), True, ""),
+    (TENSORS, False, TENSORS, False, ""),
+    (without(HEAD), True, TENSORS, False, "It has a head of its own, the pivot ties its head to the embedding"),
+    (TENSORS, True, TENSORS, False, "the result gets a head of its own (6 numbers more)"),
+    (TENSORS, False, without(HEAD), True, "It ties its head to the embedding; the embedding is taken as its head"),
+    (TENSORS, False, TENSORS, True, "It ties its head to the embedding"),
 ])
-def test_heads_must_be_tied_in_all_or_in_none(pair, pivot, pivot_tied, target, target_tied, mergeable):
+def test_heads_that_are_tied_in_one_of_both_are_told(pair, pivot, pivot_tied, target, target_tied, said):
     pivot, target = pair(target, config={"tie_word_embeddings": target_tied}, pivot=pivot,
                          pivot_config={"tie_word_embeddings": pivot_tied})
     assert (HEAD in mergeable_names(pivot)) == (not pivot_tied)
-    if mergeable:
-        assert preflight(pivot, [target]).level != "bad"
-    else:
-        assert "ties its head to the embedding" in bad(pivot, target).text
+    report = preflight(pivot, [target])
+    assert report.level != "bad" and report.tensors == 3 + (not pivot_tied or bool(said))
+    assert [found.text for found in report.findings if found.topic == "head"] == ([] if not said else [
+        next(found.text for found in report.findings if said in found.text)])
 
 
 def test_equal_shapes_of_other_meaning_are_refused(pair):

@@ -17,10 +17,10 @@ LEVELS = (  # from the roof down: a module imports lower rows, and in its own ro
     ("chat", "merge", "stages", "live", "verify", "cluster", "review", "compare", "train", "pairwise", "arena", "evaluate", "demo"),
     ("settings", "recipe_yaml", "recipe_rules", "recipe", "mergekit", "weights", "slices", "checkpoint_stack", "plan", "card",
      "distill"),
-    ("preflight", "variation", "inspection", "writer"),
+    ("compatibility", "preflight", "variation", "inspection", "writer"),
     ("dtypes", "compiled", "maps", "header", "journal", "shards", "anatomy", "naming", "files", "quantised", "checkpoint", "digest",
      "blocks", "view", "alike", "side_files", "configs", "pickles", "adapter_settings", "adapters", "hub", "sources", "loading",
-     "tables", "documents", "endpoint", "methods", "align", "tokens", "vocabulary", "template"),
+     "tables", "documents", "endpoint", "methods", "align", "tokens", "vocabulary", "untied", "template"),
     ("caching", "errors", "progress", "threads", "version"),
 )
 RANK = {module: (-row, column) for row, modules in enumerate(LEVELS) for column, module in enumerate(modules)}

@@ -15,7 +15,7 @@ from fusion import finish, measure, vocabulary
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError, MismatchError, RecipeError
 from fusion.tokens import SAMPLES
-from fusion.vocabulary import Remapped, Rows, unify
+from fusion.vocabulary import Remapped, Rows, unify, unlike, with_rows
 from tests.conftest import save_checkpoint
 
 EMBED, HEAD, UP = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
@@ -115,7 +115,7 @@ def test_common_moves_only_rows_of_tokens_that_all_share(tmp_path):
     assert values(first)[256:] == [256, 256.5, 258.5] and values(second)[256:] == [256, 256.25, 258.25]
 
 
-def test_union_appends_tokens_and_builds_their_rows_from_pieces(tmp_path):
+def test_union_appends_tokens_and_takes_their_rows_from_the_models_that_have_them(tmp_path):
     pivot = make(tmp_path / "p", byte_level("ab"))  # "ab" 256, <end> 257
     one = make(tmp_path / "1", byte_level("ab", "Ġhi"), 0.5)  # "ab" 256, "Ġh" 257, "Ġhi" 258, <end> 259
     two = make(tmp_path / "2", byte_level("Ġh", marks=("<end>", "<turn>")), 0.25)  # "Ġh" 256, <end> 257, <turn> 258
@@ -123,12 +123,11 @@ def test_union_appends_tokens_and_builds_their_rows_from_pieces(tmp_path):
     added = {" h": 258, " hi": 259, "<turn>": 260}
     assert base.vocabulary == {**pivot.vocabulary, **added} == first.vocabulary
     assert {base.info[name].shape for name in (EMBED, HEAD)} == {(261, 2)} and base.config["vocab_size"] == 261
-    h, i, blank = BYTES.index("h"), BYTES.index("i"), BYTES.index("Ġ")
-    turn = np.mean([BYTES.index(letter) for letter in "<turn>"])
-    near = pytest.approx
-    assert values(base) == [*map(float, range(258)), (blank + h) / 2, near((blank + h + i) / 3), near(turn)]
-    assert values(first)[256:] == [256.5, 259.5, 257.5, 258.5, near(turn + 0.5)]
-    assert values(second)[256:] == [near(256), 257.25, 256.25, (256 + i) / 2 + 0.25, 258.25]  # "ab" is the pivot's row
+    both = (257.5 + 256.25) / 2  # " h" in the model that lacks it
+    assert values(base) == [*map(float, range(258)), both, 258.5, 258.25]
+    assert values(first)[256:] == [256.5, 259.5, 257.5, 258.5, 258.25]
+    assert values(second)[256:] == [256, 257.25, 256.25, 258.5, 258.25]  # "ab" is the pivot's row
+    assert values(base, HEAD)[258:] == [-both, -258.5, -258.25]
     listed = {token["content"]: token for token in json.loads(files["tokenizer.json"])["added_tokens"]}
     assert {text: listed[text]["id"] for text in added} == added
     assert listed["<turn>"]["special"] and not listed[" hi"]["special"]
@@ -188,7 +187,7 @@ def test_unified_models_can_be_measured(tmp_path, mode):
 
 def test_the_first_row_after_a_rebuilt_one_is_itself(tmp_path):
     model = make(tmp_path / "m", byte_level("ab"))
-    view = Remapped(model, Rows((model, model), np.zeros(3, np.int64), np.array([-1, 0, 1]), {0: (4, 8)}), {})
+    view = Remapped(model, Rows((model, model), np.zeros(3, np.int64), np.array([-1, 0, 1]), {0: ((0, 4), (1, 8))}), {})
     assert values(view) == [6, 0, 1]
 
 
@@ -214,6 +213,42 @@ def test_any_part_equals_the_part_of_the_whole(tmp_path_factory, span):
         whole = model[EMBED].reshape(-1)
         assert len(whole) >= 518
         assert np.array_equal(model.read(EMBED, *span, np.empty(520, np.float32)), whole[slice(*span)])
+
+
+# ── tokens beyond the last row, rows beyond the last token ───────────────────────────────────────────────────────────
+
+def test_a_token_without_a_row_counts_as_one_that_the_model_lacks(tmp_path):
+    words, marks = byte_level("ab"), byte_level("ab", marks=("<end>", "<pad>"))
+    pivot, equal = make(tmp_path / "p", words), make(tmp_path / "e", marks, 0.5, rows=258)  # <pad> 258 has no row
+    assert unify(pivot, [equal], "union") == (pivot, (equal,), {}) and unlike(pivot, equal) is None
+    assert with_rows(equal) == pivot.vocabulary and 258 in equal.vocabulary.values()
+
+
+def test_union_gives_a_token_of_the_pivot_without_a_row_the_row_of_a_target(tmp_path):
+    pivot = make(tmp_path / "p", byte_level("ab", marks=("<end>", "<pad>")), rows=258)  # <end> 257, <pad> 258 without a row
+    target = make(tmp_path / "t", byte_level("ab", marks=("<end>", "<turn>", "<pad>")), 0.5)  # <turn> 258, <pad> 259
+    base, (view,), files = unify(pivot, [target], "union")
+    assert base.vocabulary["<pad>"] == 258 and base.vocabulary["<turn>"] == 259 and base.info[EMBED].shape == (260, 2)
+    assert values(base)[256:] == [256, 257, 259.5, 258.5] and values(view)[256:] == [256.5, 257.5, 259.5, 258.5]
+    listed = [token["content"] for token in json.loads(files["tokenizer.json"])["added_tokens"]]
+    assert listed == ["<end>", "<pad>", "<turn>"]
+
+
+@pytest.mark.parametrize("mode", ["pivot", "common"])
+def test_the_pivots_own_rows_stay_where_its_tokenizer_has_more_tokens(tmp_path, mode):
+    pivot = make(tmp_path / "p", byte_level("ab", marks=("<end>", "<pad>")), rows=258)
+    _, (view,), _ = unify(pivot, [make(tmp_path / "t", byte_level("ab", "cd", marks=("<end>", "<pad>")), 0.5)], mode)
+    assert view.info[EMBED].shape == (258, 2) and values(view)[255:] == [255.5, 256.5, 258.5]
+
+
+@pytest.mark.parametrize(("rows", "other"), [(258, 320), (320, 258), (300, 384)])
+def test_equal_tokens_in_tables_of_other_sizes_are_merged(tmp_path, rows, other):
+    pivot, target = (make(tmp_path / name, byte_level("ab"), offset, rows=count)
+                     for name, offset, count in (("p", 0, rows), ("t", 0.5, other)))
+    for mode in ("pivot", "union"):
+        base, (view,), _ = unify(pivot, [target], mode)
+        assert base is pivot and view.info[EMBED].shape == (rows, 2)
+        assert values(view) == [*(i + 0.5 for i in range(258)), *map(float, range(258, rows))]
 
 
 # ── what cannot be united ────────────────────────────────────────────────────────────────────────────────────────────

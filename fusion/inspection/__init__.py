@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusion import dtypes
-from fusion.alike import alike
 from fusion.checkpoint import Checkpoint
 from fusion.inspection.deltas import DeltaSums
 from fusion.inspection.report import QUANTITIES, Inspection, Quantity, check_granularity
@@ -26,6 +25,7 @@ from fusion.inspection.spectrum import largest_singular_values
 from fusion.inspection.streaming import fold
 from fusion.preflight import mergeable_names, preflight
 from fusion.progress import Work
+from fusion.untied import side_by_side
 
 __all__ = ["QUANTITIES", "Inspection", "Preview", "Quantity", "check_granularity", "exact", "inspect", "preview", "refine"]
 
@@ -39,7 +39,7 @@ def inspect(pivot: Checkpoint, targets: Sequence[Checkpoint], *, dtype: str | No
     CheckpointError for NaN or Inf unless `allow_nonfinite`, RecipeError for an unknown dtype.
     """
     code = dtypes.code(dtype) if dtype else None
-    targets = [alike(pivot, target) for target in targets]
+    pivot, targets = side_by_side(pivot, targets)
     preflight(pivot, targets).raise_if_bad()
     names = mergeable_names(pivot)
 

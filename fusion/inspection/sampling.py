@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusion.alike import alike
 from fusion.checkpoint import Checkpoint
 from fusion.errors import Stopped
 from fusion.inspection.report import Pool
 from fusion.inspection.streaming import in_threads, mended
 from fusion.preflight import mergeable_names, preflight
 from fusion.progress import Meter, Progress, Work
+from fusion.untied import side_by_side
 from fusion.variation import MEASURES, Variation, measure
 
 SAMPLE = 2_048  # elements of one block
@@ -167,7 +167,7 @@ class _Sampler:
     """Reads ever more blocks of every tensor and keeps their sums."""
 
     def __init__(self, pivot: Checkpoint, targets: Sequence[Checkpoint], seed: int, allow_nonfinite: bool):
-        targets = [alike(pivot, target) for target in targets]
+        pivot, targets = side_by_side(pivot, targets)
         preflight(pivot, targets).raise_if_bad()
         self.models, self.allow_nonfinite = (pivot, *targets), allow_nonfinite
         self.names = mergeable_names(pivot)

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from fusion import dtypes
-from fusion.alike import alike
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError, RecipeError, ResourceError
 from fusion.inspection.report import share
@@ -37,6 +36,7 @@ from fusion.review.sums import ReviewSums, Rounding, rounding_of
 from fusion.review.tokens import RoundTrip, round_trips
 from fusion.slices import is_lent
 from fusion.sources import open_checkpoint
+from fusion.untied import side_by_side
 
 __all__ = ["PROMPTS", "Answer", "Review", "RoundTrip", "answered", "ask_model", "review", "review_live"]
 
@@ -79,7 +79,7 @@ def answered(report: Review, answers: Sequence[Answer]) -> Review:
 
 def _reviewed(folder: Path, result: Checkpoint, parents: Sequence[Checkpoint], plan: MergePlan | None, smoke: bool,
               rounding: bool) -> Work[Review]:
-    parents = [alike(result, parent) for parent in parents] if plan is None else parents
+    parents = side_by_side(result, parents)[1] if plan is None else parents
     names = [name for name in mergeable_names(result)
              if all(name in model.info and model.info[name].shape == result.info[name].shape for model in parents)
              and (plan is not None or not any(is_lent(model, name) for model in parents))]
