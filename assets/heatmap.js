@@ -448,6 +448,7 @@ function fuseHeatmap(root, send) {
 
   // ---------------------------------------------------------------- the door
   function update(value) {
+    if (value && !value.blocks && !value.waiting) return; // no value of ours: what is shown stays
     data = value && value.targets?.length && value.blocks?.length ? value : null;
     empty.hidden = Boolean(data);
     empty.textContent = value?.waiting || NOTHING;

@@ -42,6 +42,7 @@ watch('value', () => view.update(props.value));
 
 
 WAITING = {"waiting": "Measuring how far every matrix moved …"}  # shown until there is a payload
+REFUSED = {"waiting": "These models cannot be measured together; what is in the way stands above."}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ few times as long as measuring; small families are looked at without being asked
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import TypeVar
@@ -25,6 +26,7 @@ AT_ONCE_BYTES = 500_000_000  # of a family that is inspected as soon as it is ch
 SAMPLING_S = 1.0
 _KEPT = 16
 _WAKE_S = 0.2
+PACE_S = 0.2  # between two Progress that a page shows
 
 Found = TypeVar("Found")
 
@@ -137,8 +139,24 @@ class Stops:
                 event.set()
 
 
+def paced(work: Work[Found]) -> Work[Found]:
+    """The same work with few enough Progress for a page: each that is yielded there is an event with all its outputs."""
+    shown = float("-inf")
+    try:
+        while True:
+            progress = next(work)
+            if time.monotonic() >= shown + PACE_S:
+                shown = time.monotonic()
+                yield progress
+    except StopIteration as end:
+        return end.value
+    finally:
+        work.close()
+
+
 def watched(work: Work[Found], drawn: Callable[[Found], str]) -> Iterator[tuple[str, bool]]:
     """Long work as HTML and whether it still runs: a bar, then what was found, what went wrong, or that it was stopped."""
+    work = paced(work)
     try:
         while True:
             yield bar(next(work)), True

@@ -12,8 +12,8 @@ from gradio.events import Dependency
 from components import figures
 from components.closer import closer_look, red_flags
 from components.downloads import as_files, as_table
-from components.heatmap import WAITING, Grid, heatmap, parse_edit, payload
-from components.inspecting import Looks, Stops
+from components.heatmap import REFUSED, WAITING, Grid, heatmap, parse_edit, payload
+from components.inspecting import Looks, Stops, paced
 from components.models import at_a_glance
 from components.state import Selection, Settings
 from components.status import as_comment, bar, error_note, note
@@ -21,7 +21,7 @@ from components.studio import Studio
 from fusion import GRANULARITIES, MEASURES, METHODS, FusionError, RecipeError, Variation, effective_weights
 from fusion.errors import Stopped
 from fusion.inspection import Inspection, Preview
-from fusion.progress import Work
+from fusion.progress import Work, finish
 from fusion.weights import WeightPlan, give_weight
 
 GRANULARITY_HINT = "The unit that shares one weight; its change is pooled over all its elements."
@@ -48,6 +48,7 @@ class VariationTab:
     share: gr.Plot
     table: gr.Dataframe
     glance: gr.HTML
+    drawn: gr.State  # the models that are shown
 
     @property
     def shown(self) -> list:
@@ -82,7 +83,8 @@ def build(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Sta
     with gr.Accordion("Every number in a table", open=False, elem_id="variation-table-box"):
         table = gr.Dataframe(elem_id="variation-table", interactive=False, show_search="filter", max_height=420, label="Weights",
                              show_label=False, wrap=True)
-    tab = VariationTab(granularity, measure, status, stop, flags, heat, ask, closer, reset, downloads, depth, share, table, glance)
+    tab = VariationTab(granularity, measure, status, stop, flags, heat, ask, closer, reset, downloads, depth, share, table, glance,
+                       gr.State(()))
     _bind(studio, page, selection, settings, tab)
     return tab
 
@@ -91,16 +93,21 @@ def _bind(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Sta
     looks, found = Looks(studio), gr.State(0)  # `found` counts looks that ended: each shows the tab anew
     details = [tab.glance, tab.depth, tab.share, tab.table, *tab.downloads]
 
-    def look(now: Selection, wish: Settings) -> Iterator[list]:
-        yield from _look(studio, looks, now, wish)
+    def nothing() -> list:
+        return ["", None, None, None, *(gr.DownloadButton(value=None, interactive=False) for _ in tab.downloads)]
+
+    def look(now: Selection, wish: Settings, drawn: tuple[str, ...]) -> Iterator[list]:
+        same = models_of(now) == drawn  # of other models nothing stays while these are looked at
+        rest = [gr.skip()] * len(details) if same else nothing()
+        yield from ([*shown, *rest] for shown in _look(studio, looks, now, wish, gr.skip() if same else WAITING))
 
     def detail(now: Selection, wish: Settings) -> list:
         grid = grid_of(studio, now, wish, looks)
         if grid is None:
-            return ["", None, None, None, *(gr.DownloadButton(value=None, interactive=False) for _ in tab.downloads)]
+            return [*nothing(), models_of(now)]
         files = as_files(grid, _recipe_text(studio, now, wish), tab.heat.GRADIO_CACHE)
         return [at_a_glance(grid), figures.ratio_by_depth(grid), figures.share_per_module(grid), as_table(grid),
-                *(gr.DownloadButton(value=path, interactive=True) for path in files)]
+                *(gr.DownloadButton(value=path, interactive=True) for path in files), models_of(now)]
 
     def edit(now: Selection, wish: Settings, event: gr.EventData) -> Settings:
         """Set, lock or reset the merge weight of a cell, a row or a column of the heatmap."""
@@ -116,8 +123,8 @@ def _bind(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Sta
         return replace(wish, granularity=_known(granularity, GRANULARITIES), measure=_known(measured_by, MEASURES))
 
     changed = [page.load, selection.change, settings.change, found.change]
-    seen = gr.on(changed, look, [selection, settings], tab.shown, trigger_mode="always_last", **_QUIET).then(
-        detail, [selection, settings], details, **_QUIET)
+    looked = gr.on(changed, look, [selection, settings, tab.drawn], [*tab.shown, *details], trigger_mode="always_last", **_QUIET)
+    seen = looked.then(detail, [selection, settings], [*details, tab.drawn], **_QUIET)
     _bind_work(studio, looks, selection, settings, found, seen, tab)
     tab.heat.edit(edit, [selection, settings], settings, **_QUIET)
     tab.reset.click(lambda wish: replace(wish, edits=()), settings, settings, **_QUIET)
@@ -156,7 +163,7 @@ def _bind_work(studio: Studio, looks: Looks, selection: gr.State, settings: gr.S
 
 def _working(work: Work, count: int, now: Selection) -> Iterator[list]:
     """Show long work; yields [status, stop, the button that began it, count of looks that ended, models that were stopped]."""
-    idle = [gr.Button(visible=False), gr.Button(interactive=True)]
+    idle, work = [gr.Button(visible=False), gr.Button(interactive=True)], paced(work)
     try:
         while True:
             yield [gr.HTML(bar(next(work)), visible=True), gr.Button(visible=True), gr.Button(interactive=False), gr.skip(), ()]
@@ -166,7 +173,7 @@ def _working(work: Work, count: int, now: Selection) -> Iterator[list]:
         text = note("warning", "Stopped. What was known before is still shown.")
         yield [gr.HTML(text, visible=True), *idle, gr.skip(), models_of(now)]
     except FusionError as error:
-        yield [gr.HTML(error_note(str(error)), visible=True), *idle, gr.skip(), gr.skip()]
+        yield [gr.HTML(error_note(str(error)), visible=True), *idle, gr.skip(), ()]
     finally:
         work.close()
 
@@ -182,31 +189,41 @@ def _known(value: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def _look(studio: Studio, looks: Looks, now: Selection, wish: Settings) -> Iterator[list]:
-    """Show a selection, as exactly as it is known, and what is quickly found of it; yields the tab's `shown`."""
+def _look(studio: Studio, looks: Looks, now: Selection, wish: Settings, before: dict | None = None) -> Iterator[list]:
+    """Show a selection, as exactly as it is known, and what is quickly found of it; yields the tab's `shown`.
+
+    `before` is the heatmap until there is one. What was yielded for a component stands in every later yield too: Gradio's page
+    takes a later value apart from the one before, and loses that where it has not drawn it yet.
+    """
     edits, gone = gr.Button(interactive=bool(wish.edits)), gr.Button(visible=False)
-    blank = [gr.HTML("", visible=False), gone]
-    busy = [gr.HTML("", visible=False), gr.skip(), gone, gone, edits]  # below the status: flags, heatmap, ask, closer, reset
+    hidden = gr.HTML("", visible=False)
+    heat = before or gr.skip()
+
+    def measuring(work: Work) -> Iterator[list]:
+        yield from ([gr.HTML(bar(progress), visible=True), gone, hidden, heat, gone, gone, edits] for progress in paced(work))
+
     try:
         if not now.pivot or not now.targets:
-            yield [*blank, gr.HTML("", visible=False), None, gone, gone, edits]
+            yield [hidden, gone, hidden, None, gone, gone, edits]
             return
         if studio.measured(now) is None:
             studio.preflight(now).raise_if_bad()
             if not studio.measures_at_once(now):
-                yield from ([gr.HTML(bar(progress), visible=True), gone, *busy] for progress in looks.sample(now))
-                yield [gr.skip(), gr.skip(), gr.HTML("", visible=False), payload(_estimated(studio, now, wish, looks.sampled(now))),
-                       gr.Button(visible=True), gone, edits]
+                work = [gr.skip()] * 2 if looks.sampled(now) else [hidden, gone]  # of an estimate that is being refined
+                yield from measuring(looks.sample(now))
+                grid = _estimated(studio, now, wish, looks.sampled(now))
+                yield [*work, hidden, payload(grid), gr.Button(visible=True), gone, edits]
                 return
-            yield from ([gr.HTML(bar(progress), visible=True), gone, *busy] for progress in studio.measure(now))
+            yield from measuring(studio.measure(now))
         grid, report, soon = grid_of(studio, now, wish, looks), looks.inspected(now, wish), looks.at_once(now)
-        yield [*blank, _flags(studio, now, report), payload(grid), gone, gr.Button(visible=report is None and not soon), edits]
+        ask = gr.Button(visible=report is None and not soon)
+        yield [hidden, gone, _flags(studio, now, report), payload(grid), gone, ask, edits]
         if report is None and soon:
-            yield from ([gr.skip()] * 7 for _ in looks.inspect(now, wish))
+            finish(looks.inspect(now, wish))  # nothing to show meanwhile; and whoever leaves takes nothing from the next
             grid, report = grid_of(studio, now, wish, looks), looks.inspected(now, wish)
-            yield [*blank, _flags(studio, now, report), payload(grid), gone, gone, edits]
+            yield [hidden, gone, _flags(studio, now, report), payload(grid), gone, gone, edits]
     except FusionError as error:
-        yield [gr.HTML(error_note(str(error)), visible=True), gone, gr.HTML("", visible=False), None, gone, gone, edits]
+        yield [gr.HTML(error_note(str(error)), visible=True), gone, hidden, REFUSED, gone, gone, edits]
 
 
 def _flags(studio: Studio, now: Selection, report: Inspection | None) -> gr.HTML:

@@ -116,7 +116,8 @@ class Handlers:
                     shown[self.tab.live] = self._spoken(turn, keys[:count])
                     news = {part: value for part, value in shown.items() if part not in sent or sent[part] != value}
                     sent |= news
-                    yield news or {self.tab.live: gr.skip()}
+                    if news:
+                        yield news
         finally:
             self.running.end(session)
         talk = (*conversation, turn)

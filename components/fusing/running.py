@@ -47,11 +47,12 @@ def bind(studio: Studio, page: gr.Blocks, selection: gr.State, job: gr.BrowserSt
         except FusionError as error:  # somebody removed the folder
             yield [error_note(str(error)), *[gr.skip()] * (len(shown) - 1)]
             return
+        stands = ["", "", ""]
         while True:
             ended, changed = its.ended, await asyncio.to_thread(watch.changes)
             if any(changed):
-                yield [gr.skip() if text is None else text for text in
-                       (changed[0], gr.Button(visible=ended), gr.Button(visible=not ended), *changed[1:])]
+                stands = [old if text is None else text for text, old in zip(changed, stands, strict=True)]
+                yield [stands[0], gr.Button(visible=ended), gr.Button(visible=not ended), *stands[1:]]
             if ended:
                 return
             await asyncio.sleep(POLL_S)

@@ -9,6 +9,7 @@ from pathlib import Path
 import gradio as gr
 from gradio.events import Dependency
 
+from components.inspecting import paced
 from components.merging.layout import MergeTab
 from components.state import Selection, Settings
 from components.status import bar, error_note, note
@@ -22,7 +23,7 @@ def bind_trying(studio: Studio, selection: gr.State, settings: gr.State, tab: Me
     """Bind the button that merges in memory and opens Chat."""
     def merge_and_try(now: Selection, wish: Settings) -> Iterator[tuple]:
         """Merge the selected models in memory and open the result in Chat."""
-        work = studio.try_merge(now, wish)
+        work = paced(studio.try_merge(now, wish))
         try:
             while True:
                 yield gr.skip(), bar(next(work)), gr.skip()
