@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,14 @@ from random import Random
 import numpy as np
 import pytest
 
-from fusion import Checkpoint, MismatchError, OutputError, RecipeError, demo
+from fusion import Checkpoint, CheckpointError, MismatchError, OutputError, RecipeError, demo
 from fusion.__main__ import main
 from fusion.demo.dialogues import conversation
 from fusion.demo.family import RECIPES
 from fusion.distill.fused import FusedData
 from fusion.distill.targets import Blend
 from fusion.pairwise import FuseRecipe, plan, run
+from fusion.pairwise.cards import mass_note, mass_table
 from fusion.progress import finish
 from fusion.train import Training
 from tests.conftest import load_tensors, snapshot
@@ -69,6 +71,8 @@ def test_cards_tell_what_was_made_from_what(done, recipe):
         statistics, own = result.statistics[target], (result.targets[target] / "README.md").read_text()
         row = f"| {target} | {source} | {statistics['labels']:,} | {statistics['aligned'][source]:.1%} |"
         assert row in card and row in own and f"{statistics['chosen'][source]:.1%} |" in own
+        mass = " | ".join(f"{statistics[name][source]:.1%}" for name in ("heard", "read", "kept", "unwritten", "emptied"))
+        assert all(f"| {target} | {source} | {mass} |" in its and "that the pivot never writes here" in its for its in (card, own))
         history = json.loads((result.targets[target] / "training_history.json").read_text())
         assert f"| {target} | {history[-1]['step']} | {history[0]['loss']:.3f} → {history[-1]['loss']:.3f} |" in card
         assert own.startswith("---\nlibrary_name: transformers") and f"fusion with {source} on" in own
@@ -103,6 +107,25 @@ def test_fused_examples_are_read_piece_by_piece(done):
     read, kept, odd, heard = (statistics[name]["source-qwen"] for name in ("read", "kept", "unwritten", "heard"))
     assert 0.5 < kept <= read < 1 and 0 <= odd < 0.2 and statistics["aligned"]["source-qwen"] <= heard <= 1
     assert 0 <= statistics["emptied"]["source-qwen"] < 0.1
+
+
+def test_mass_is_not_told_where_it_was_not_counted(done):
+    statistics = done[1].statistics["target-qwen"]
+    assert f"{statistics['kept']['source-qwen']:.0%} of its mass kept" in mass_note(statistics)
+    earlier = {name: its for name, its in statistics.items() if name not in ("read", "kept", "unwritten", "emptied", "heard")}
+    assert list(mass_table({"target-qwen": earlier})) == [] and mass_note(earlier) == ""
+
+
+def test_fused_targets_of_an_earlier_version_are_refused_in_words(done, recipe, tmp_path):
+    shutil.copytree(done[0], tmp_path / "run")
+    file = tmp_path / "run/work/fused/target-qwen/plan.json"
+    plan_before = json.loads(file.read_text())
+    file.write_text(json.dumps({name: its for name, its in plan_before.items() if name != "form"}))
+    with pytest.raises(CheckpointError, match=r"another version.*Remove this folder"):
+        finish(run(recipe, tmp_path / "run"))
+    shutil.rmtree(file.parent)
+    finish(run(recipe, tmp_path / "run"))
+    assert json.loads(file.read_text()) == plan_before
 
 
 def test_one_more_source_costs_one_more_target(recipe, tmp_path):

@@ -96,7 +96,7 @@ def _training() -> dict:
                                   info="7B models: 5e-6")
         epochs = gr.Number(2, minimum=0, label="Epochs", elem_id="fuse-epochs", min_width=120, info="passes over the data")
     rule = gr.Radio(RULES, value="mince", label="Whose distribution", elem_id="fuse-rule",
-                    info="By cross-entropy (CE) of the true reply, in nats per character.")
+                    info="By cross-entropy (CE) of the true reply, in nats per token of the pivot.")
     return {"lm_weight": lm_weight, "learning_rate": learning_rate, "epochs": epochs, "rule": rule}
 
 

@@ -102,6 +102,7 @@ def build(dialogues: Sequence[Dialogue], pivot: Knower, sources: Sequence[Knower
     blend.check()
     folder = Path(folder)
     plan = {"form": FORM, "blend": asdict(blend), "models": [knower.store.plan_digest for knower in (pivot, *sources)]}
+    _refuse_earlier(folder)
     store = Store(folder, plan, pivot.store.sizes)
     missing = [shard for shard in range(len(store.sizes)) if not shard_file(folder, shard).exists()]
     words = [(Vocabulary(pivot.encoder), Vocabulary(source.encoder)) for source in sources]
@@ -126,6 +127,17 @@ def build(dialogues: Sequence[Dialogue], pivot: Knower, sources: Sequence[Knower
         total.update(json.loads((folder / f"tally-{shard:05}.json").read_text(encoding="utf-8")))
     write_whole(folder / STATISTICS_FILE, (json.dumps(statistics(total, sources), indent=1) + "\n").encode())
     return FusedData(folder)
+
+
+def _refuse_earlier(folder: Path) -> None:
+    """CheckpointError for targets of an earlier version: they took what was left of a distribution for all of it."""
+    try:
+        form = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8")).get("form", 1)
+    except (OSError, ValueError, AttributeError):
+        return  # none yet, or what the store refuses
+    if form != FORM:
+        raise CheckpointError("the fused targets were made by another version, which mapped vocabularies otherwise",
+                              where=str(folder), todo="Remove this folder; the next run makes it again, without reading any model.")
 
 
 def statistics(total: Mapping[str, float], sources: Sequence[Knower]) -> dict:
