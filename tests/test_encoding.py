@@ -12,10 +12,10 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from fusion import CheckpointError, MismatchError
-from fusion.distill.dialogues import Dialogue, Report
+from fusion.distill.dialogues import Dialogue, Report, split_long
 from fusion.distill.encoding import PLAIN, Encoded, Encoder
 from fusion.distill.teacher import limit_in, limit_of
-from fusion.pairwise.data import record_of, shown_to_all, stored_dialogues
+from fusion.pairwise.data import longest, record_of, shown_to_all, stored_dialogues
 from fusion.template import ChatTemplate
 
 TEXTS = ["The answer is 42, said the assistant to the user.", "how are you today? GPT4 Correct Assistant: fine",
@@ -72,7 +72,7 @@ def taught(encoder: Encoder, *turns: tuple[str, str], **more) -> Encoded:
     dialogue = Dialogue(tuple(turns), **more)
     encoded = encoder.encode(dialogue)
     encoder.check(dialogue, encoded)
-    assert not encoder.faults(dialogue)
+    assert not encoder.examine(dialogue)[1]
     return encoded
 
 
@@ -105,11 +105,22 @@ def test_a_template_that_ends_a_turn_where_the_next_begins():
 
 
 def test_an_end_that_no_token_marks_is_counted():
-    encoders = {"pivot": Encoder(made("bytes"), "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n\n{% endfor %}")}
-    report, dialogue = Report(), Dialogue((("hi", "fine"),), origin="line 7")
-    assert shown_to_all(dialogue, encoders, report) == dialogue
-    assert ["where to stop is not learnt" in reason for reason in report.reasons] == [True]
-    assert not taught(encoders["pivot"], ("hi", "fine")).ends.any()
+    for begin in ("", "<s>"):  # what begins a turn does not end the one before
+        template = f"{{% for m in messages %}}{begin}[{{{{ m['role'] }}}}] {{{{ m['content'] }}}}\n\n{{% endfor %}}"
+        encoders = {"pivot": Encoder(made("bytes"), template)}
+        report, dialogue = Report(), Dialogue((("hi", "fine"),), origin="line 7")
+        assert shown_to_all(dialogue, encoders, report) == dialogue
+        assert ["where to stop is not learnt" in reason for reason in report.reasons] == [True]
+        assert not taught(encoders["pivot"], ("hi", "fine"), ("so", "two")).ends.any()
+
+
+def test_a_model_that_reads_less_cuts_dialogues_for_all():
+    encoders = {"long": Encoder(made("bytes"), CHATML, 4096), "short": Encoder(made("bytes"), CHATML, 40)}
+    dialogue = Dialogue((("hi", "fine"),) * 4)
+    whole = encoders["long"].length(dialogue)
+    assert 40 < whole < 4096 and longest(dialogue, encoders, 4096) == whole + 4056
+    parts = split_long([dialogue], lambda part: longest(part, encoders, 4096), 4096)
+    assert [len(part.turns) for part in parts] == [2, 2] and all(encoders["short"].length(part) <= 40 for part in parts)
 
 
 def test_an_added_token_that_is_not_special_may_end_a_turn():
@@ -154,7 +165,7 @@ def test_templates_that_leave_out_thoughts():
     encoded = taught(encoder, ("hi", "fine"), ("so", thought))
     assert learnt(encoder, encoded, 1) == thought and encoded.ends.sum() == 2
     dialogue, report = Dialogue((("hi", thought), ("so", "three")), origin="line 3"), Report()
-    (fault,) = encoder.faults(dialogue).values()
+    (fault,) = encoder.examine(dialogue)[1].values()
     assert "does not show a reply as it is" in fault.reason and "'two'" in fault.example
     with pytest.raises(MismatchError, match="as it is"):
         encoder.encode(dialogue)
@@ -175,7 +186,7 @@ def test_what_a_template_changes_is_refused_in_words(template, words):
     encoder, dialogue = Encoder(tokenizer, template), Dialogue((("hi", "how are a bat"),), origin="here")
     with pytest.raises(MismatchError, match=words):
         encoder.check(dialogue, encoder.encode(dialogue))
-    assert words in encoder.faults(dialogue)[0].reason
+    assert words in encoder.examine(dialogue)[1][0].reason
 
 
 def test_a_sign_without_a_token_is_named():
@@ -184,7 +195,7 @@ def test_a_sign_without_a_token_is_named():
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<e>")
     encoder = Encoder(fast, "{% for m in messages %}{{ m['content'] + ' ' + eos_token + ' ' }}{% endfor %}")
     assert learnt(encoder, taught(encoder, ("hi", "fine"))) == "fine"
-    assert "no token for" in encoder.faults(Dialogue((("hi", "fine ☃"),)))[0].reason
+    assert "no token for" in encoder.examine(Dialogue((("hi", "fine ☃"),)))[1][0].reason
 
 
 def test_a_dialogue_that_its_template_refuses_is_no_broken_template():
@@ -192,7 +203,10 @@ def test_a_dialogue_that_its_template_refuses_is_no_broken_template():
     encoder, report = Encoder(made("bytes"), picky), Report()
     assert shown_to_all(Dialogue((("x", "fine"),)), {"pivot": encoder}, report) is None and "no x" in str(report)
     with pytest.raises(CheckpointError, match="cannot be rendered"):
-        Encoder(made("bytes"), "{{ nothing.there.at_all }}").faults(Dialogue((("x", "fine"),)))
+        Encoder(made("bytes"), "{{ nothing.there.at_all }}").examine(Dialogue((("x", "fine"),)))
+    for odd in (Dialogue((("x", "fine"),)), Dialogue((("a \ud83d", "fine"),)), Dialogue((("a", "fine \ude00"),))):
+        assert longest(odd, {"pivot": encoder}, 9) == 0 and shown_to_all(odd, {"pivot": encoder}, report) is None
+    assert "half of a surrogate pair" in str(report) and longest(Dialogue((("a", "fine"),)), {"pivot": encoder}, 9) > 0
 
 
 # ── what a template asks for ─────────────────────────────────────────────────────────────────────────────────────────────

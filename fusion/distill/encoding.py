@@ -100,13 +100,16 @@ class Encoder:
         if fault:
             raise _refusal(dialogue, fault)
 
-    def faults(self, dialogue: Dialogue) -> dict[int, Fault]:
-        """The replies that this model cannot be taught as they are: turn → why. What `encode` and `check` refuse, all at once."""
+    def examine(self, dialogue: Dialogue) -> tuple[Encoded, dict[int, Fault]]:
+        """The dialogue without the replies that this model cannot be taught as they are, and these: turn → why.
+
+        What `encode` and `check` refuse, all at once; MismatchError when nothing of the dialogue can be shown.
+        """
         text, spans = self._placed(dialogue)
         encoded = self._labelled(dialogue, text, spans)
         found = {turn: spans[turn] if isinstance(spans[turn], Fault) else self._misread(dialogue, encoded, turn)
                  for turn in dialogue.learnt}
-        return {turn: fault for turn, fault in found.items() if fault}
+        return encoded, {turn: fault for turn, fault in found.items() if fault}
 
     def cuts(self, encoded: Encoded) -> bool:
         """Whether the end of a dialogue may be missing."""
@@ -184,8 +187,12 @@ class Encoder:
     # ── which tokens are the replies ─────────────────────────────────────────────────────────────────────────────────────
 
     def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [T] and character offsets [T, 2]."""
-        made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        """Ids [T] and character offsets [T, 2]; MismatchError for half of a surrogate pair, which no tokenizer takes."""
+        try:
+            made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        except (TypeError, UnicodeError) as error:
+            raise MismatchError("a sign that no tokenizer can read (half of a surrogate pair)", where=ascii(text[:60]),
+                                todo="Leave this text out.") from error
         return np.array(made["input_ids"], np.int64), np.array(made["offset_mapping"], np.int64).reshape(-1, 2)
 
     def _labelled(self, dialogue: Dialogue, text: str, spans: Sequence[Span | Fault]) -> Encoded:
@@ -229,10 +236,11 @@ class Encoder:
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that may end a turn: special tokens but the unknown one, and other added tokens that are no white space."""
+    """The ids that may end a turn: special tokens but those for unknown signs and beginnings, and other added tokens that are no
+    white space."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special or token.content.strip()}
-    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-    return frozenset((added | set(tokenizer.all_special_ids)) - unknown)
+    others = {tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id}
+    return frozenset((added | set(tokenizer.all_special_ids)) - others)
 
 
 def _positions(text: str, offsets: np.ndarray, marks: np.ndarray, span: Span) -> tuple[int, int, bool]:

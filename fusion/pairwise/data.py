@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from fusion.distill.dialogues import Dialogue, Report, load, split_long
-from fusion.distill.encoding import Encoder
+from fusion.distill.encoding import Encoded, Encoder
 from fusion.distill.store import write_whole
 from fusion.errors import MismatchError
 from fusion.pairwise.place import Place
@@ -26,15 +28,20 @@ def prepare_dialogues(recipe: FuseRecipe, place: Place, encoders: Mapping[str, E
 
 
 def longest(dialogue: Dialogue, encoders: Mapping[str, Encoder], max_tokens: int) -> int:
-    """The longest tokenisation of a dialogue; of a model that reads less than `max_tokens`, so much longer."""
-    return max(encoder.length(dialogue) + max_tokens - (encoder.max_tokens or max_tokens) for encoder in encoders.values())
+    """The longest tokenisation of a dialogue; of a model that reads less than `max_tokens`, so much longer. 0 for a dialogue that
+    cannot be shown, which is told later."""
+    try:
+        return max(encoder.length(dialogue) + max_tokens - (encoder.max_tokens or max_tokens) for encoder in encoders.values())
+    except MismatchError:
+        return 0
 
 
 def shown_to_all(dialogue: Dialogue, encoders: Mapping[str, Encoder], report: Report) -> Dialogue | None:
     """The dialogue with every reply unlearnt that some model cannot be taught as it is; None when none is left. All is counted."""
+    read: dict[str, Encoded] = {}
     for name, encoder in encoders.items():
         try:
-            faults = encoder.faults(dialogue)
+            read[name], faults = encoder.examine(dialogue)
         except MismatchError as error:
             report.note(f"{name}: {error.found}", dialogue.origin)
             return None
@@ -45,19 +52,18 @@ def shown_to_all(dialogue: Dialogue, encoders: Mapping[str, Encoder], report: Re
         if not dialogue.learnt:
             report.note("no reply left to learn", dialogue.origin)
             return None
-    return dialogue if _learnable(dialogue, encoders, report) else None
+    return dialogue if all(_learnable(dialogue, name, encoders[name], read[name], report) for name in read) else None
 
 
-def _learnable(dialogue: Dialogue, encoders: Mapping[str, Encoder], report: Report) -> bool:
-    """Whether each model has something to learn from it; counts replies whose end is not learnt."""
-    for name, encoder in encoders.items():
-        encoded = encoder.encode(dialogue)
-        if not len(encoded.labels):
-            report.note(f"{name}: nothing of a reply fits into the tokens allowed", dialogue.origin)
-            return False
-        if not encoded.ends.any() and not encoder.cuts(encoded):
-            report.note(f"{name}: its template ends replies with no token of its own, so where to stop is not learnt (kept)",
-                        dialogue.origin)
+def _learnable(dialogue: Dialogue, name: str, encoder: Encoder, encoded: Encoded, report: Report) -> bool:
+    """Whether a model has something to learn from it; counts replies whose end is not learnt."""
+    mine = np.isin(encoded.turn, dialogue.learnt)
+    if not mine.any():
+        report.note(f"{name}: nothing of a reply fits into the tokens allowed", dialogue.origin)
+        return False
+    if not encoded.ends[mine].any() and not encoder.cuts(encoded):
+        report.note(f"{name}: its template ends replies with no token of its own, so where to stop is not learnt (kept)",
+                    dialogue.origin)
     return True
 
 
