@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from fusion.errors import CheckpointError
-from fusion.files import read_json
+from fusion.files import file_names, read_json
 from fusion.pickles import converted
 
 CONFIG = "adapter_config.json"
@@ -23,8 +24,11 @@ MERGE_IT = "Merge it into its base with peft's merge_and_unload and give that fo
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model of its own."""
-    return os.path.isfile(folder / CONFIG) and not os.path.isfile(folder / "config.json")
+    """Whether a folder holds an adapter and no model of its own; some trainers lay the base's config beside it."""
+    if not os.path.isfile(folder / CONFIG):
+        return False
+    weights = file_names(folder, ".safetensors", ".bin", ".pt", ".pth")
+    return not os.path.isfile(folder / "config.json") or all(name.startswith(("adapter", "training_args")) for name in weights)
 
 
 def wanted_base(folder: Path) -> str:
@@ -54,6 +58,13 @@ def read_settings(folder: Path) -> dict:
     return settings
 
 
+def trains_whole(settings: Mapping[str, object], module: str) -> bool:
+    """Whether a module is one that the settings keep and train whole."""
+    names = settings.get("modules_to_save")
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    return any(module == name or module.endswith(f".{name}") or f".{name}." in f".{module}." for name in names)
+
+
 def weights_file(folder: Path) -> Path:
     """The safetensors file of the adapter, converted when it is a pickle; CheckpointError when there is none."""
     if (folder / WEIGHTS).is_file():
@@ -63,7 +74,7 @@ def weights_file(folder: Path) -> Path:
     raise CheckpointError(f"there is no {WEIGHTS}", where=str(folder), todo="Give the folder that the adapter was saved in.")
 
 
-def scale_of(settings: dict, module: str, rank: int, where: str) -> float:
+def scale_of(settings: Mapping[str, object], module: str, rank: int, where: str) -> float:
     """alpha ÷ rank, or alpha ÷ √rank when rank-stabilised; a pattern that the module's name ends with gives its own alpha."""
     patterns, alpha = settings.get("alpha_pattern"), settings.get("lora_alpha")
     for pattern, its in (patterns.items() if isinstance(patterns, dict) else ()):

@@ -10,46 +10,24 @@ eq. 3; rank-stabilised scale, 2312.03732; DoRA, 2402.09353, eq. 5.
 from __future__ import annotations
 
 import hashlib
-import re
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from fusion import compiled, dtypes
-from fusion.adapter_settings import CONFIG, MERGE_IT, SAVE_AGAIN, read_settings, scale_of, wants_text, weights_file
-from fusion.anatomy import place
-from fusion.checkpoint import Checkpoint, file_marks, resized, sampled
-from fusion.errors import CheckpointError, MismatchError, nearest
+from fusion.adapter_files import AdapterFiles
+from fusion.adapter_parts import embedding_of, sort_parts
+from fusion.adapter_settings import CONFIG, read_settings, weights_file
+from fusion.checkpoint import Checkpoint, file_marks, resized, sampled, untied
 from fusion.files import Files, Span
 from fusion.header import TensorInfo, read_header
 from fusion.view import View
 
 _CHUNK = 16_384  # elements whose sum over the rank stays in the cache
-_PART = re.compile(r"^(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.default)?(\.weight)?$")
-_WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
-
-
-@dataclass(frozen=True)
-class Thin:
-    """What an adapter does to one matrix: `down` [r, in], `up` [out, r], DoRA's `magnitude` [out] or None, `scale`;
-    `across` says that the base stores the matrix as [in, out]."""
-
-    down: TensorInfo
-    up: TensorInfo
-    magnitude: TensorInfo | None
-    scale: float
-    across: bool
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The tensors of an adapter, sorted: thin ones by module, whole ones by the base's tensor name."""
-
-    thin: dict[str, dict[str, TensorInfo]] = field(default_factory=dict)
-    whole: dict[str, TensorInfo] = field(default_factory=dict)
 
 
 class Adapted(View):
@@ -67,15 +45,15 @@ class Adapted(View):
         self.name = name or f"{base.name}+{folder.resolve().name}"
         self._tensors = {tensor.name: tensor for tensor in read_header(weights_file(folder))}
         self._open = Files()
-        self._alias: dict[str, str] = {}  # a head that a tied base has only as its embedding
-        parts = self._sorted()
-        self._whole = parts.whole
-        self._thin = {target: self._understand(target, its) for target, its in parts.thin.items()}
+        parts = sort_parts(base, folder, self.settings, self._tensors)
+        self._alias, self._whole, self._thin = parts.alias, parts.whole, parts.thin
         self.info = {**base.info, **{name: replace(base.info[own], name=name) for name, own in self._alias.items()},
                      **{name: self._replaced(name, tensor) for name, tensor in parts.whole.items()}}
-        self.config = _config(base, self.info)
+        self._small = AdapterFiles(base, folder, self.info, bool({embedding_of(base)} & self._whole.keys()))
+        self.config = self._config()
         self._factors = lru_cache(maxsize=4)(self._read_factors)
-        self._norms = lru_cache(maxsize=4)(self._read_norms)
+        self._norms: dict[str, np.ndarray] = {}  # a number a row: small enough to keep, dear enough to take once
+        self._norming = threading.Lock()
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray) -> np.ndarray:
         """See Checkpoint; float32: base + scale · B·A, each sum in the order of the rank."""
@@ -86,7 +64,7 @@ class Adapted(View):
         if self._thin[name].magnitude is not None:
             columns = self.info[name].shape[-1]
             rows = np.arange(start // columns, -(-stop // columns))
-            block *= np.repeat(self._norms(name)[rows], columns)[start % columns:][:len(block)]
+            block *= np.repeat(self._norm(name)[rows], columns)[start % columns:][:len(block)]
         return block
 
     def _before(self, name: str, start: int, stop: int, out: np.ndarray) -> np.ndarray:
@@ -122,9 +100,12 @@ class Adapted(View):
         return self._open.span(self._whole[name]) if name in self._whole else self.model.span(self._alias.get(name, name))
 
     def file(self, name: str) -> Path:
-        """See Checkpoint; an adapter that replaces the embedding brings its own tokenizer."""
-        own = self.adapter / name
-        return own if own.is_file() and any(place(tensor).kind == "embedding" for tensor in self._whole) else self.model.file(name)
+        """See Checkpoint; tokens and chat template are the adapter's where it brings its own."""
+        return self._small.file(name)
+
+    def small_names(self) -> list[str]:
+        """See Checkpoint."""
+        return self._small.names()
 
     def close(self) -> None:
         """See Checkpoint."""
@@ -143,8 +124,8 @@ class Adapted(View):
 
     @cached_property
     def tied_copies(self) -> frozenset[str]:
-        """See Checkpoint; a head that the adapter changes is no copy any more, one that it leaves follows the embedding."""
-        return self.model.tied_copies - self._whole.keys() - self._thin.keys()
+        """See Checkpoint; a head that the adapter changes or leaves behind is no copy any more, else it follows the embedding."""
+        return self.model.tied_copies - self._whole.keys() - self._thin.keys() - self._alias.keys()
 
     @property
     def origin(self) -> str:
@@ -180,6 +161,13 @@ class Adapted(View):
         down, up = self._numbers(thin.down), self._numbers(thin.up)
         return (np.ascontiguousarray(down.T), np.ascontiguousarray(up.T)) if thin.across else (up, down)
 
+    def _norm(self, name: str) -> np.ndarray:
+        if name not in self._norms:
+            with self._norming:
+                if name not in self._norms:  # nobody else took them meanwhile
+                    self._norms[name] = self._read_norms(name)
+        return self._norms[name]
+
     def _read_norms(self, name: str) -> np.ndarray:
         """DoRA: magnitude ÷ norm of every row of W + scale · B·A, [out] float32."""
         rows, columns = self.info[name].shape
@@ -195,72 +183,14 @@ class Adapted(View):
     def _numbers(self, tensor: TensorInfo) -> np.ndarray:
         return dtypes.decode(self._open.tensor(tensor), tensor.dtype, np.empty(tensor.numel, np.float32)).reshape(tensor.shape)
 
-    def _sorted(self) -> _Parts:
-        parts = _Parts()
-        for name, tensor in self._tensors.items():
-            if tensor.dtype not in dtypes.FLOATS:
-                raise CheckpointError(f"{name} is {tensor.dtype}, which is not a weight dtype", where=str(self.adapter),
-                                      todo=MERGE_IT)
-            found = _PART.fullmatch(name)
-            if found:
-                parts.thin.setdefault(self._target(found[1], ".weight", name), {})[found[2]] = tensor
-            else:
-                parts.whole[self._target(_WRAPPED.sub("", name), "", name)] = tensor
-        return parts
-
-    def _target(self, module: str, tail: str, tensor: str) -> str:
-        """The base's tensor that an adapter's tensor belongs to; bases may be saved with or without their outer names."""
-        wanted = module.removeprefix("base_model.model.") + tail
-        if wanted in self.model.info:
-            return wanted
-        close = [name for name in self.model.info if wanted.endswith(f".{name}") or name.endswith(f".{wanted}")]
-        if len(close) == 1:
-            return close[0]
-        if place(wanted).kind == "head" and self.model.tied:
-            tables = [name for name in self.model.info if place(name).kind == "embedding"]
-            self._alias[wanted] = tables[0]
-            return wanted
-        raise MismatchError(f"{tensor} belongs to no tensor of {self.model.name}", where=str(self.adapter),
-                            todo=f"{nearest(wanted, self.model.info)} {wants_text(self.adapter)}")
-
-    def _understand(self, target: str, its: dict[str, TensorInfo]) -> Thin:
-        inside = "lora_embedding_A" in its or "lora_embedding_B" in its
-        down, up = its.get("lora_embedding_A" if inside else "lora_A"), its.get("lora_embedding_B" if inside else "lora_B")
-        shape, where = (self._whole.get(target) or self.model.info[self._alias.get(target, target)]).shape, str(self.adapter)
-        if down is None or up is None:
-            raise CheckpointError(f"one of the two matrices for {target} is missing", where=where, todo=SAVE_AGAIN)
-        if len(shape) != 2 or len(down.shape) != 2 or len(up.shape) != 2 or down.shape[0] != up.shape[1]:
-            raise CheckpointError(f"the adapter of {target} has shapes {list(down.shape)} and {list(up.shape)} for a weight of "
-                                  f"shape {list(shape)}; only matrices are known here", where=where, todo=MERGE_IT)
-        full = (up.shape[0], down.shape[1])
-        turned = full == shape[::-1]
-        across = inside or (turned and (full != shape or bool(self.settings.get("fan_in_fan_out"))))
-        if shape != (full[::-1] if across else full):
-            raise MismatchError(f"{target} has shape {list(shape)} in {self.model.name}, the adapter is for {list(full)}",
-                                where=where, todo=wants_text(self.adapter))
-        magnitude = self._magnitude(target, its.get("lora_magnitude_vector"), across, shape[0])
-        return Thin(down, up, magnitude, scale_of(self.settings, target.removesuffix(".weight"), down.shape[0], where), across)
-
-    def _magnitude(self, target: str, tensor: TensorInfo | None, across: bool, rows: int) -> TensorInfo | None:
-        if tensor is not None and (across or tensor.numel != rows):
-            raise CheckpointError(f"DoRA on {target} is not known here", where=str(self.adapter), todo=MERGE_IT)
-        if bool(self.settings.get("use_dora")) != (tensor is not None):
-            raise CheckpointError(f"use_dora does not agree with the tensors of {target}", where=str(self.adapter), todo=SAVE_AGAIN)
-        return tensor
-
     def _replaced(self, name: str, tensor: TensorInfo) -> TensorInfo:
         """A tensor that the adapter brings whole; it is stored again as the base's is."""
-        base = self.model.info[self._alias.get(name, name)]
-        if tensor.shape != base.shape and (place(name).kind not in ("embedding", "head") or tensor.shape[1:] != base.shape[1:]):
-            raise MismatchError(f"{name} has shape {list(base.shape)} in {self.model.name}, {list(tensor.shape)} in the adapter",
-                                where=str(self.adapter), todo=wants_text(self.adapter))
-        return replace(tensor, name=name, dtype=base.dtype)
+        return replace(tensor, name=name, dtype=self.model.info[self._alias.get(name, name)].dtype)
 
-
-def _config(base: Checkpoint, info: Mapping[str, TensorInfo]) -> dict:
-    """The base's config with the vocabulary size of an embedding that the adapter has resized."""
-    rows = {info[name].shape[0] for name in info if place(name).kind == "embedding" and name in base.info
-            and info[name].shape != base.info[name].shape}
-    return resized(base.config, rows.pop()) if len(rows) == 1 else base.config
-
-
+    def _config(self) -> dict:
+        """The base's config with the rows of an embedding that the adapter has resized, untied where it parts the head from it."""
+        table = embedding_of(self.model)
+        config, base = self.model.config, self.model.info.get(table)
+        if base is not None and self.info[table].shape != base.shape:
+            config = resized(config, self.info[table].shape[0])
+        return untied(config) if self.model.tied and not self.tied else config

@@ -174,16 +174,7 @@ class Checkpoint(Mapping[str, np.ndarray]):
 
     @cached_property
     def _tokens(self) -> tuple[Mapping[str, int] | None, Mapping[str, int]]:
-        tokenizer = read_json(self.file("tokenizer.json"))
-        if not isinstance(tokenizer.get("model"), dict):
-            return None, {}
-        vocab = tokenizer["model"].get("vocab")
-        if isinstance(vocab, list):  # unigram: [[token, score], …]
-            vocab = {str(entry[0]): i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
-        added = tokenizer.get("added_tokens")
-        added = {str(token["content"]): token["id"] for token in (added if isinstance(added, list) else ())
-                 if isinstance(token, dict) and {"content", "id"} <= token.keys()}
-        return ({**vocab, **added}, added) if isinstance(vocab, dict) else (None, {})
+        return read_tokens(self.file("tokenizer.json"))
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -258,6 +249,20 @@ class Checkpoint(Mapping[str, np.ndarray]):
         return self.info[name]
 
 
+def read_tokens(path: Path) -> tuple[dict[str, int] | None, dict[str, int]]:
+    """Token → id as a tokenizer.json says (None: there is none), added tokens included; and those that were added."""
+    tokenizer = read_json(path)
+    if not isinstance(tokenizer.get("model"), dict):
+        return None, {}
+    vocab = tokenizer["model"].get("vocab")
+    if isinstance(vocab, list):  # unigram: [[token, score], …]
+        vocab = {str(entry[0]): i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+    added = tokenizer.get("added_tokens")
+    added = {str(token["content"]): token["id"] for token in (added if isinstance(added, list) else ())
+             if isinstance(token, dict) and {"content", "id"} <= token.keys()}
+    return ({**vocab, **added}, added) if isinstance(vocab, dict) else (None, {})
+
+
 def sampled(config: dict, tensors: Mapping[str, TensorInfo], files: Files) -> str:
     """SHA-256 over a config, headers and up to 4 KiB inside every tensor."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -280,3 +285,10 @@ def resized(config: dict, rows: int) -> dict:
     if isinstance(inner, dict) and "vocab_size" in inner and "vocab_size" not in config:
         return {**config, "text_config": {**inner, "vocab_size": rows}}
     return {**config, "vocab_size": rows}
+
+
+def untied(config: dict) -> dict:
+    """A config that says in every place that the head is a matrix of its own."""
+    inner = config.get("text_config")
+    both = {"text_config": {**inner, "tie_word_embeddings": False}} if isinstance(inner, dict) else {}
+    return {**config, **both, "tie_word_embeddings": False}

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fusion.adapter_settings import CONFIG as ADAPTER
 from fusion.anatomy import main_stack
 from fusion.checkpoint import Checkpoint
 from fusion.dtypes import FLOATS
@@ -74,8 +75,9 @@ def build_model(tensors: Mapping[str, Any], folder: Path, dtype: Any, name: str)
 
 
 def stored_as_read(checkpoint: Checkpoint) -> bool:
-    """Whether transformers reads this very model from the checkpoint's folder: no adapter, nothing converted, known file names."""
-    if type(checkpoint) is not Checkpoint or checkpoint.converted:
+    """Whether transformers reads this very model from the checkpoint's folder: no adapter (it would take one that lies beside
+    the model), nothing converted, known file names."""
+    if type(checkpoint) is not Checkpoint or checkpoint.converted or os.path.isfile(checkpoint.folder / ADAPTER):
         return False
     return os.path.isfile(checkpoint.folder / WHOLE) or os.path.isfile(checkpoint.folder / INDEX)
 
