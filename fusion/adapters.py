@@ -115,7 +115,7 @@ class Adapted(View):
     @cached_property
     def vocabulary(self) -> Mapping[str, int] | None:
         """See Checkpoint."""
-        return Checkpoint.vocabulary.func(self)
+        return self._tokens[0]
 
     @property
     def added_tokens(self) -> Mapping[str, int]:

@@ -19,9 +19,9 @@ LEVELS = (  # from the roof down: a module imports lower rows, and in its own ro
      "distill"),
     ("compatibility", "preflight", "variation", "inspection", "writer"),
     ("dtypes", "compiled", "maps", "header", "journal", "shards", "anatomy", "naming", "files", "quantised", "checkpoint", "digest",
-     "blocks", "view", "alike", "side_files", "configs", "pickles", "adapter_settings", "adapter_parts", "adapter_files", "adapters",
-     "hub", "sources", "loading", "tables", "documents", "endpoint", "methods", "align", "tokens", "vocabulary", "untied",
-     "template"),
+     "blocks", "view", "alike", "side_files", "configs", "pickles", "adapter_settings", "adapter_parts", "adapter_files",
+     "adapters", "hub", "sources", "loading", "tables", "documents", "endpoint", "methods", "align", "tokens", "vocabulary",
+     "untied", "template"),
     ("caching", "errors", "progress", "threads", "version"),
 )
 RANK = {module: (-row, column) for row, modules in enumerate(LEVELS) for column, module in enumerate(modules)}
