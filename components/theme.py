@@ -11,8 +11,13 @@ from components import figures
 ASSETS = Path(__file__).parent.parent / "assets"
 _SHEETS = (ASSETS / "style.css", ASSETS / "chat.css", ASSETS / "evaluate.css")
 
-# A model's text may hold images and forms; the browser must not fetch or post anything for it.
-_POLICY = "img-src 'self' data: blob:; form-action 'self'; frame-src 'none'; object-src 'none'"
+# A model's text may hold pictures, films, styles and forms; the browser must not fetch or post anything for it. What the page
+# itself needs comes from its own address; it runs scripts and styles that stand in it, as Gradio's pages do.
+_OWN = "'self' data: blob:"
+_POLICY = "; ".join((
+    f"default-src {_OWN} 'unsafe-inline' 'unsafe-eval'", "script-src 'self' blob: 'unsafe-inline' 'unsafe-eval'",
+    f"connect-src {_OWN}", f"img-src {_OWN}", f"media-src {_OWN}", f"font-src {_OWN}", f"style-src {_OWN} 'unsafe-inline'",
+    "frame-src 'none'", "object-src 'none'", "base-uri 'self'", "form-action 'self'"))
 HEAD = f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n' \
        '<meta name="viewport" content="width=device-width, initial-scale=1">'
 

@@ -17,6 +17,7 @@ from gradio.processing_utils import save_bytes_to_cache
 from components.chat.columns import checked_keys, header, next_keys, spoken
 from components.chat.history import Conversation, Turn, messages_for, transcripts, turn_at, view
 from components.chat.layout import MAX_PROMPT_CHARS, MAX_SEED, MAX_SYSTEM_CHARS, MAX_TOKENS, ChatTab, samples
+from components.chat.markdown import original
 from components.chat.running import Running
 from components.state import LETTERS, Selection
 from fusion.chat import Request, Sampling, conversation_jsonl, stream
@@ -74,11 +75,12 @@ class Handlers:
 
     def retry_at(self, event: gr.RetryData, request: gr.Request, *given: Any) -> Updates:
         """Ask the question of this message again and forget what came after it."""
-        yield from self._again(request, turn_at(given[0], event.index), None, *given)
+        yield from self._again(request, self._place(event, given[0], given[3:]), None, *given)
 
     def edit(self, event: gr.EditData, request: gr.Request, *given: Any) -> Updates:
         """Ask a changed question in place of an earlier one and forget what came after it."""
-        yield from self._again(request, turn_at(given[0], event.index), event.value, *given)
+        prompt = original(event.value) if isinstance(event.value, str) else event.value
+        yield from self._again(request, self._place(event, given[0], given[3:]), prompt, *given)
 
     def _again(self, request: gr.Request, at: int, prompt: str | None, conversation: Conversation,
                selection: Selection, count: int, *values: Any) -> Updates:
@@ -136,7 +138,12 @@ class Handlers:
 
     def undo_at(self, event: gr.UndoData, request: gr.Request, *given: Any) -> Update:
         """Take back this question and what came after it."""
-        return self._cut(request, turn_at(given[0], event.index), *given)
+        return self._cut(request, self._place(event, given[0], given[2:]), *given)
+
+    def _place(self, event: gr.EventData, conversation: Conversation, keys: Sequence[str | None]) -> int:
+        """The turn that an event of one of the chat windows is about."""
+        column = next((i for i, bot in enumerate(self.tab.bots) if bot is event.target), 0)
+        return turn_at(conversation, event.index, keys[column])
 
     def clear(self, request: gr.Request, *given: Any) -> Update:
         """Begin a new conversation."""

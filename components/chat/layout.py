@@ -32,6 +32,21 @@ const tidy = () => {
   set('#chat-prompt .stop-button', 'aria-label', 'Stop all models');
   if (element.isConnected && !document.querySelector('#chat-prompt button[aria-label]')) setTimeout(tidy, 200);
 };
+// Messages are Markdown with some letters as entities (markdown.py): who copies or edits one gets the letters.
+const letter = code => code === 'A0' ? ' ' : String.fromCharCode(parseInt(code, 16));
+const plain = text => text.replace(/&#x000(3C|26|5B|A0);/g, (_, code) => letter(code));
+const edited = () => document.querySelectorAll('#chat-columns textarea.edit-textarea:not([data-plain])').forEach(box => {
+  box.dataset.plain = 'yes';
+  if (plain(box.value) === box.value) return;
+  box.value = plain(box.value);
+  box.dispatchEvent(new Event('input', {bubbles: true}));
+});
+if (navigator.clipboard && !navigator.clipboard.plain) {
+  const write = navigator.clipboard.writeText.bind(navigator.clipboard);
+  navigator.clipboard.writeText = text => write(plain(text));
+  navigator.clipboard.plain = plain;
+}
+new MutationObserver(edited).observe(document.querySelector('#chat-columns') || document.body, {childList: true, subtree: true});
 const speak = () => { region.textContent = props.value || ''; setTimeout(tidy, 100); };
 watch('value', speak); speak();"""
 
@@ -108,7 +123,7 @@ def _column(studio: Any, selection: Selection, i: int, key: str | None, visible:
         head = gr.HTML(header(studio.role(key, selection) if key else "", None), elem_id=f"chat-head-{name}")
         bot = gr.Chatbot(label=f"Conversation with model {LETTERS[i]}", show_label=False, height=440, editable="user",
                          buttons=["copy"], sanitize_html=True, latex_delimiters=LATEX, feedback_options=None,
-                         reasoning_tags=[("<think>", "</think>")], placeholder=EMPTY, layout="bubble",
+                         placeholder=EMPTY, layout="bubble",
                          elem_id=f"chat-bot-{name}")
     return box, model, head, bot
 

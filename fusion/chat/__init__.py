@@ -14,6 +14,7 @@ from fusion.chat.pool import ModelPool
 from fusion.chat.prompt import Prompt, fit, render
 from fusion.chat.sampling import Sampling
 from fusion.chat.streaming import Reply, Request, stream
+from fusion.chat.thoughts import Part
 
-__all__ = ["ChatModel", "Exchange", "ModelPool", "Prompt", "Reply", "Request", "Sampling", "Transcript",
+__all__ = ["ChatModel", "Exchange", "ModelPool", "Part", "Prompt", "Reply", "Request", "Sampling", "Transcript",
            "conversation_jsonl", "expected_bytes", "fit", "from_parts", "from_tensors", "load", "render", "stream"]
