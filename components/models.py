@@ -63,6 +63,7 @@ def _bind(studio: Studio, selection: gr.State, tab: ModelsTab, add: tuple[gr.Tex
 
     def choose(pivot: str | None, targets: list[str], sources: list[str], now: Selection):
         """Check a pivot, targets and sources (keys of the catalogue) and select them."""
+        targets, sources = targets or (), sources or ()
         try:
             for key in filter(None, (pivot, *targets, *sources)):
                 studio.entry(key)
@@ -73,10 +74,19 @@ def _bind(studio: Studio, selection: gr.State, tab: ModelsTab, add: tuple[gr.Tex
         chosen = replace(now, pivot=pivot or "", targets=tuple(targets), sources=tuple(sources))
         return chosen, verdict(studio, chosen)
 
+    def emptied(pivot: str | None, targets: list[str], sources: list[str], now: Selection):
+        if (targets or not now.targets) and (sources or not now.sources):
+            return gr.skip(), gr.skip()
+        return choose(pivot, targets, sources, now)
+
     gr.on([menu.input for menu in menus], choose, [*menus, selection], [selection, tab.table], api_name="choose",
           show_progress="hidden", trigger_mode="always_last")
-    selection.change(lambda now: follow(studio, now), selection, [*menus, tab.table], show_progress="hidden",
-                     api_visibility="private")
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    # The × of a menu is no input but a change, which also comes when a recipe fills the menus.
+    gr.on([tab.targets.change, tab.sources.change], emptied, [*menus, selection], [selection, tab.table],
+          trigger_mode="always_last", **quiet)
+    # The menus themselves are never written here: a slow answer would take back what was picked meanwhile.
+    selection.change(lambda now: verdict(studio, now), selection, tab.table, **quiet)
     if add is not None:
         path, button = add
 

@@ -29,7 +29,7 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Tab("2 · Variation", id="variation"):
                 variation.build(studio, page, selection, settings, picked.glance)
             with gr.Tab("3 · Merge", id="merge"):
-                _, *saved = merging.build(studio, page, selection, settings, job, tabs)
+                _, *merged = merging.build(studio, page, selection, settings, job, tabs)
             with gr.Tab("4 · Chat", id="chat"):
                 chat.build(studio, selection)
             with gr.Tab("5 · Fuse", id="fuse") as fuse:
@@ -37,6 +37,6 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Tab("6 · Evaluate", id="evaluate"):
                 evaluating.build(studio, page, selection, evaluation)
         menus = [picked.pivot, picked.targets, picked.sources, picked.table]
-        for event in (*saved, *fused):  # a saved merge, or what a fusion made, can be picked like any other model
+        for event in (*merged, *fused):  # a loaded recipe is picked; a saved merge, or what a fusion made, can be
             event.then(lambda now: models.follow(studio, now), selection, menus, show_progress="hidden", api_visibility="private")
     return page

@@ -38,7 +38,7 @@ def bind_menus(studio: Studio, page: gr.Blocks, selection: gr.State, tab: Evalua
 
     gr.on([page.load, selection.change], follow, [selection, before, tab.models, tab.reference],
           [before, tab.models, tab.reference], **_QUIET)
-    tab.models.input(pick, [selection, tab.models, tab.reference], tab.reference, **_QUIET)
+    tab.models.change(pick, [selection, tab.models, tab.reference], tab.reference, **_QUIET)
     tab.kind.input(turn, tab.kind, list(tab.panels.values()), **_QUIET)
 
 

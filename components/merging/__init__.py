@@ -14,15 +14,16 @@ __all__ = ["MergeTab", "build"]
 
 
 def build(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.State, job: gr.BrowserState,
-          tabs: gr.Tabs) -> tuple[MergeTab, Dependency, Dependency]:
+          tabs: gr.Tabs) -> tuple[MergeTab, Dependency, Dependency, Dependency]:
     """Lay out the tab and bind its events; `job` keeps the id of a save in the browser, `tabs` jumps to Chat.
 
-    Returns the tab and the two events that end with a saved folder: saving now, and a page that came back to a job.
+    Returns the tab, the event that loads a recipe, and the two that end with a saved folder: saving now, and a page that came
+    back to a job.
     """
     tab = lay_out(studio, selection.value)
-    setting.bind(studio, page, selection, settings, tab)
+    loaded = setting.bind(studio, page, selection, settings, tab)
     running.bind_trying(studio, selection, settings, tab, tabs)
     saved = running.bind_saving(studio, page, selection, settings, job, tab)
     comparing.build(studio, page, selection)
     reports.bind(studio, page, selection, tab.report, saved[0], tab.name)
-    return tab, *saved
+    return tab, loaded, *saved

@@ -29,7 +29,7 @@ PRECEDENCE = ("<p class='fs-hint'><b>Which value counts?</b> The last of: what t
 
 @dataclass(frozen=True)
 class MergeTab:
-    """The components of the tab; `controls` are those that make the settings, beside the form."""
+    """The components of the tab."""
 
     family: gr.Radio
     method: gr.Radio
@@ -60,12 +60,6 @@ class MergeTab:
     notes: gr.HTML
     export: gr.Button
     exported: gr.Code
-
-    @property
-    def controls(self) -> list:
-        """The plain controls, in the order of `setting.read`."""
-        return [self.method, self.granularity, self.measure, self.rule, self.temperature, self.exclude, self.stack, self.seed,
-                self.vocabulary, self.dtype, self.donor]
 
 
 def lay_out(studio: Studio, now: Selection) -> MergeTab:

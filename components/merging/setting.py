@@ -5,9 +5,11 @@ from __future__ import annotations
 import shlex
 import time
 from dataclasses import replace
+from functools import partial
 from html import escape
 
 import gradio as gr
+from gradio.events import Dependency
 
 from components.form import parse_change, payload
 from components.merging.layout import FAMILIES, MergeTab, donors, family_of, formula_card, method_choices
@@ -31,9 +33,9 @@ _MAX_NOTES = 60
 _QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
-def bind(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.State, tab: MergeTab) -> None:
-    """Bind everything that changes or shows the settings."""
-    _bind_controls(studio, selection, settings, tab)
+def bind(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.State, tab: MergeTab) -> Dependency:
+    """Bind everything that changes or shows the settings; returns the event that loads a recipe."""
+    _bind_controls(selection, settings, tab)
     _bind_form(studio, selection, settings, tab)
 
     def show(now: Selection, wish: Settings):
@@ -43,44 +45,65 @@ def bind(studio: Studio, page: gr.Blocks, selection: gr.State, settings: gr.Stat
              tab.glance, tab.exclude, tab.stack, tab.stacked, tab.seed, tab.vocabulary, tab.dtype, tab.donor, tab.recipe,
              tab.command, tab.exported]
     gr.on([page.load, selection.change, settings.change], show, [selection, settings], shown, trigger_mode="always_last", **_QUIET)
-    _bind_loading(studio, selection, settings, tab)
     _bind_export(studio, selection, settings, tab)
+    return _bind_loading(studio, selection, settings, tab)
 
 
-def _bind_controls(studio: Studio, selection: gr.State, settings: gr.State, tab: MergeTab) -> None:
-    def change(*values) -> Settings:
-        try:
-            return read(*values)
-        except FusionError as error:
-            raise gr.Error(str(error)) from error
-
+def _bind_controls(selection: gr.State, settings: gr.State, tab: MergeTab) -> None:
     def pick_family(family: str, wish: Settings):
         if family not in FAMILIES:
             raise gr.Error(f"Unknown family {str(family)[:40]!r}.")
         return wish if wish.method in FAMILIES[family] else wish.with_method(FAMILIES[family][0])
 
-    inputs = [*tab.controls, selection, settings]
-    gr.on([tab.method.input, tab.granularity.input, tab.measure.input, tab.rule.input,
-           tab.temperature.blur, tab.exclude.blur, tab.stack.blur, tab.seed.change,
-           tab.vocabulary.input, tab.dtype.input, tab.donor.input], change, inputs, settings, trigger_mode="always_last", **_QUIET)
+    typed = {"temperature": tab.temperature, "exclude": tab.exclude, "slices": tab.stack, "seed": tab.seed}
+    picked = {"method": tab.method, "granularity": tab.granularity, "measure": tab.measure, "rule": tab.rule,
+              "vocabulary": tab.vocabulary, "dtype": tab.dtype, "donor": tab.donor}
+    # Never `change`: it also comes when a recipe sets a control, while the others still show what was before.
+    events = {name: [control.blur, control.submit] if name == "seed" else [control.blur] for name, control in typed.items()} \
+        | {name: [control.input] for name, control in picked.items()}
+    for name, control in {**typed, **picked}.items():
+        gr.on(events[name], partial(_change, name), [control, selection, settings], settings, trigger_mode="always_last", **_QUIET)
     tab.family.input(pick_family, [tab.family, settings], settings, **_QUIET)
 
 
-def read(method, granularity, measure, rule, temperature, exclude, stack, seed, vocabulary, dtype, donor, now: Selection,
-         wish: Settings) -> Settings:
-    """Settings from the controls' values, which come from outside; the recipe checks what they mean."""
-    if method not in METHODS:
-        raise RecipeError(f"unknown method {str(method)[:40]!r}", todo="Pick one of the list.")
-    patterns = tuple(dict.fromkeys(line.strip() for line in str(exclude or "").splitlines()[:200] if line.strip()))
-    warmth = float(temperature) if isinstance(temperature, (int, float)) and 0 < temperature < 1e6 else 1.0
-    number = int(seed) if isinstance(seed, (int, float)) and not isinstance(seed, bool) and 0 <= seed < 2**53 else 0
-    changed = replace(wish.with_method(method), granularity=str(granularity), measure=str(measure), rule=str(rule),
-                      temperature=warmth, exclude=patterns, seed=number, vocabulary=str(vocabulary or ""),
-                      dtype=str(dtype or ""), donor=str(donor),
-                      slices=parse_stack(str(stack or ""), now.targets))
+def _change(name: str, value: object, now: Selection, wish: Settings) -> Settings:
+    try:
+        return read(name, value, now, wish)
+    except FusionError as error:
+        raise gr.Error(str(error)) from error
+
+
+def read(name: str, value: object, now: Selection, wish: Settings) -> Settings:
+    """Settings with another value of one control, called by the field that it sets and by no means another; the value comes from
+    outside, and the recipe checks what it means."""
+    if name == "method":
+        if value not in METHODS:
+            raise RecipeError(f"unknown method {str(value)[:40]!r}", todo="Pick one of the list.")
+        return wish.with_method(value)
+    changed = replace(wish, **{name: _READ.get(name, _words)(value, now)})
     Recipe("pivot", ("target",), granularity=changed.granularity, measure=changed.measure, rule=changed.rule,
            dtype=changed.dtype, vocabulary=changed.vocabulary).check()
     return changed
+
+
+def _words(value: object, now: Selection) -> str:
+    return str(value or "")
+
+
+def _patterns(value: object, now: Selection) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(line.strip() for line in str(value or "").splitlines()[:200] if line.strip()))
+
+
+def _warmth(value: object, now: Selection) -> float:
+    return float(value) if isinstance(value, (int, float)) and 0 < value < 1e6 else 1.0
+
+
+def _seed(value: object, now: Selection) -> int:
+    return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**53 else 0
+
+
+_READ = {"exclude": _patterns, "temperature": _warmth, "seed": _seed,
+         "slices": lambda value, now: parse_stack(str(value or ""), now.targets)}
 
 
 def _bind_form(studio: Studio, selection: gr.State, settings: gr.State, tab: MergeTab) -> None:
@@ -157,9 +180,9 @@ def command_line(recipe: Recipe, out: str = "my-merge") -> str:
     words = ["python", "-m", "fusion", "merge", recipe.pivot, *recipe.targets, "--method", recipe.method]
     if recipe.measured:
         words += ["--granularity", recipe.granularity] + (["--measure", recipe.measure] if recipe.measure != "square" else [])
-    words += ["--weights", _words(recipe.weights)] if recipe.weights else []
+    words += ["--weights", _setting(recipe.weights)] if recipe.weights else []
     for name, value in recipe.options.items():
-        words += ["--option", f"{name}={_words(value if isinstance(value, tuple) else (value,))}"]
+        words += ["--option", f"{name}={_setting(value if isinstance(value, tuple) else (value,))}"]
     for override in recipe.overrides:
         pairs = ",".join(f"{name}={weight:.6g}" for name, weight in override.weights.items())
         words += ["--override", f"{override.tensors}:{pairs}"]
@@ -171,7 +194,7 @@ def command_line(recipe: Recipe, out: str = "my-merge") -> str:
     return shlex.join([*words, "--out", out])
 
 
-def _words(values: tuple) -> str:
+def _setting(values: tuple) -> str:
     """Settings as the command line takes them."""
     def one(value: object) -> str:
         if isinstance(value, Curve):
@@ -181,7 +204,7 @@ def _words(values: tuple) -> str:
     return (";" if any(isinstance(value, Curve) for value in values) else ",").join(map(one, values))
 
 
-def _bind_loading(studio: Studio, selection: gr.State, settings: gr.State, tab: MergeTab) -> None:
+def _bind_loading(studio: Studio, selection: gr.State, settings: gr.State, tab: MergeTab) -> Dependency:
     def load(text: str, before: Selection):
         """Take over a recipe, or mergekit's YAML with its notes."""
         try:
@@ -193,7 +216,8 @@ def _bind_loading(studio: Studio, selection: gr.State, settings: gr.State, tab: 
             return gr.skip(), gr.skip(), error_note(str(error))
         return replace(now, merges=before.merges), wish, note("good", "The recipe is loaded.") + said
 
-    tab.load.click(load, [tab.paste, selection], [selection, settings, tab.notes], show_progress="hidden", api_name="load_recipe")
+    return tab.load.click(load, [tab.paste, selection], [selection, settings, tab.notes], show_progress="hidden",
+                          api_name="load_recipe")
 
 
 def _loaded(studio: Studio, text: str) -> tuple[Recipe, str]:
