@@ -93,7 +93,8 @@ def settings(config: Mapping[str, object]) -> dict[str, object]:
     """What matters in a config as one flat table: dotted path → value; the text model's settings stand at the top."""
     text = _text(config)
     found = flat({key: value for key, value in text.items() if key not in _ROPE})
-    found = {key: value for key, value in found.items() if value is not None and not _NOT_SAID.fullmatch(key.rpartition(".")[2])}
+    found = {key: value for key, value in found.items() if value is not None and not key.endswith(".dtype")
+             and not any(map(_NOT_SAID.fullmatch, key.split(".")))}
     dtype = text.get("dtype", text.get("torch_dtype"))
     return {**found, **({"dtype": dtype} if isinstance(dtype, str) else {}), **_rope(text)}
 
