@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -74,8 +73,6 @@ def _merge(options: argparse.Namespace) -> None:
     result = finish(work, show_progress(options.json))
     report = finish(review(result), show_progress(options.json)) if options.review else None
     before, after = result.parameters
-    for text in result.warnings:
-        print(printable(f"warning: {text}"), file=sys.stderr)
     if options.json:
         found = {"review": report.to_dict()} if report else {}
         print_json({"folder": str(result.folder), "recipe": result.recipe.to_dict(), "tensors": result.tensors,
@@ -85,6 +82,8 @@ def _merge(options: argparse.Namespace) -> None:
         finite = "all finite" if result.finite else "some NaN or Inf"
         print(f"merged {result.tensors} tensors of {len(result.recipe.targets)} targets into {options.out}\n"
               f"{before:,} parameters before, {after:,} after, {finite}; content digest {result.recipe.result['digest']}")
+        for text in result.warnings:
+            print(printable(f"warning: {text}"))
         if report:
             print(f"\n{review_text(report)}")
 
