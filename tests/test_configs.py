@@ -159,3 +159,4 @@ def test_a_generation_config_that_is_none_does_not_stop_a_preflight(pair):
     pivot, target = pair({"eos_token_id": 256}, None)
     (target.folder / "generation_config.json").write_text("{broken")
     assert stop_tokens(target) == {"config.json": (256,), "generation_config.json": (256,)}
+    assert preflight(pivot, [target]).level != "bad"

@@ -79,8 +79,12 @@ def test_how_variation_becomes_weights_can_be_said(run, folders, tmp_path):
 def test_what_a_merge_says_of_its_result(run, folders, tmp_path):
     status, out, _ = run("merge", *folders, "--method", "linear", "--out", tmp_path / "out")
     recipe = Recipe.load(tmp_path / "out/fusechat_recipe.yaml")
-    assert status == 0 and out == (f"merged 2 tensors of 2 targets into {tmp_path}/out\n12 parameters before, 12 after, "
-                                   f"all finite; content digest {recipe.result['digest']}\n")
+    first, second, *warnings = out.splitlines()
+    assert status == 0 and first == f"merged 2 tensors of 2 targets into {tmp_path}/out"
+    assert second == f"12 parameters before, 12 after, all finite; content digest {recipe.result['digest']}"
+    assert [text.split(":")[:2] for text in warnings] == [["warning", " a"], ["warning", " b"], ["warning", " pivot"]]
+    told = json.loads(run("merge", *folders, "--method", "linear", "--out", tmp_path / "again", "--json")[1])["warnings"]
+    assert [f"warning: {text}" for text in told] == warnings and "no tokenizer files" in warnings[-1]
 
 
 def test_a_merge_can_be_reviewed_at_once(run, folders, tmp_path):

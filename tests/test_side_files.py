@@ -118,7 +118,7 @@ def test_code_is_never_copied_and_named(pair, tmp_path, capsys, file, auto_map, 
         lay(pair[0], name, "raise SystemExit('this must not run')\n")
     assert main(["merge", *map(str, pair), "--method", "linear", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert not list((tmp_path / "out").glob("*.py")) and ("code" in said) == bool(named) and (named or "") in said
+    assert not list((tmp_path / "out").glob("*.py")) and ("name code" in said) == bool(named) and (named or "") in said
 
 
 def test_it_is_told_before_the_merge_too(pair):
