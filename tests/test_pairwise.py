@@ -13,14 +13,16 @@ from random import Random
 import numpy as np
 import pytest
 
-from fusion import Checkpoint, CheckpointError, MismatchError, OutputError, RecipeError, demo
+from fusion import Checkpoint, CheckpointError, MismatchError, OutputError, Recipe, RecipeError, demo
 from fusion.__main__ import main
 from fusion.demo.dialogues import conversation
 from fusion.demo.family import RECIPES
 from fusion.distill.fused import FusedData
 from fusion.distill.targets import Blend
-from fusion.pairwise import FuseRecipe, plan, run
+from fusion.merge import RECIPE_FILE as MERGE_RECIPE
+from fusion.pairwise import FuseRecipe, Stage, cost, plan, run
 from fusion.pairwise.cards import mass_note, mass_table
+from fusion.pairwise.cost import forecast
 from fusion.progress import finish
 from fusion.train import Training
 from tests.conftest import load_tensors, snapshot
@@ -128,14 +130,44 @@ def test_fused_targets_of_an_earlier_version_are_refused_in_words(done, recipe, 
     assert json.loads(file.read_text()) == plan_before
 
 
-def test_one_more_source_costs_one_more_target(recipe, tmp_path):
-    one = recipe.with_(sources=recipe.sources[:1], names=recipe.names[:1], merge={"method": "linear"})
-    finish(run(one, tmp_path / "run"))
-    first = (tmp_path / "run" / "targets" / "target-qwen" / "model.safetensors").stat().st_mtime_ns
-    assert [stage.done for stage in plan(recipe, tmp_path / "run")] == [True, True, True, False, True, False, True, False, True]
-    (tmp_path / "run" / "merged").rename(tmp_path / "merged-one")
-    result = finish(run(recipe, tmp_path / "run"))
-    assert (result.targets["target-qwen"] / "model.safetensors").stat().st_mtime_ns == first and result.merged.is_dir()
+def test_one_more_source_costs_one_more_target_and_a_new_merge(recipe, tmp_path):
+    one, out = recipe.with_(sources=recipe.sources[:1], names=recipe.names[:1], merge={"method": "linear"}), tmp_path / "run"
+    first = finish(run(one, out))
+    before = {path: path.read_bytes() for path in (*first.merged.rglob("*"), *first.targets["target-qwen"].rglob("*"))}
+    assert first.merged == out / "merged" and plan(one, out)[-1].done and not plan(one, out)[-1].note
+    stages = plan(recipe, out)
+    assert [stage.done for stage in stages] == [True, True, True, False, True, False, True, False, False]
+    assert stages[-1].note == "merged: of other targets or settings; the new one will be merged-2"
+    second = finish(run(recipe, out))
+    assert {path: path.read_bytes() for path in before} == before
+    assert second.merged == out / "merged-2" and Recipe.load(second.merged / MERGE_RECIPE).names == ("target-qwen", "target-neox")
+    assert plan(recipe, out)[-1] == Stage("merge", "varm", True, "in merged-2") and finish(run(recipe, out)).merged == second.merged
+    card = (out / "README.md").read_text()
+    assert "`merged-2/` is their merge" in card and "from before: `merged/`" in card
+
+
+@pytest.mark.parametrize("change", [{"method": "linear"}, {"granularity": "layer"}, {"method": "slerp", "options": {"t": 0.25}}])
+def test_a_merge_by_other_settings_is_no_longer_the_runs(done, recipe, tmp_path, change):
+    out = tmp_path / "run"
+    shutil.copytree(done[0], out)
+    other = recipe.with_(merge=change)
+    assert plan(recipe, out)[-1].done and not plan(other, out)[-1].done
+    if change != {"granularity": "layer"}:
+        return
+    made = finish(run(other, out)).merged
+    assert made == out / "merged-2" and Recipe.load(made / MERGE_RECIPE).granularity == "layer"
+    assert finish(run(recipe, out)).merged == out / "merged" and not (out / "merged-3").exists()
+    assert "`merged/` is their merge" in (out / "README.md").read_text()
+
+
+def test_what_stands_in_the_way_of_a_merge_is_left_alone(done, recipe, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(done[0], out)
+    shutil.rmtree(out / "merged")
+    (out / "merged").mkdir()
+    (out / "merged" / "mine.txt").write_text("keep")
+    assert finish(run(recipe, out)).merged == out / "merged-2"
+    assert snapshot(out / "merged") == {"mine.txt": b"keep"}
 
 
 def test_another_recipe_is_not_mixed_in(done, recipe, tmp_path):
@@ -159,9 +191,47 @@ def test_the_command(done, recipe, tmp_path, capsys):
     file.write_text(recipe.to_yaml())
     assert main(["fuse", str(file), "--out", str(done[0]), "--plan"]) == 0
     said = capsys.readouterr().out
-    assert said.count("done") == 9 and "peak memory" in said
+    assert said.count("done") == 9 and "peak memory" in said and "estimated" not in said
     assert main(["fuse", str(file), "--out", str(done[0]), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["data"]["used"] == 20
+
+
+def test_a_plan_has_its_price_before_anything_is_done(recipe, tmp_path, capsys):
+    file = tmp_path / "fuse.yaml"
+    file.write_text(recipe.to_yaml())
+    assert main(["fuse", str(file), "--out", str(tmp_path / "none"), "--plan", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["dialogues"] == 20 and said["training"]["steps"] == 3 and "before they are split" in said["guessed"]
+    assert all(stage["seconds"] > 0 and stage["memory_bytes"] > 0 and not stage["done"] for stage in said["stages"])
+    file.write_text(recipe.with_(data="somebody/elsewhere", limit=300).to_yaml())
+    assert main(["fuse", str(file), "--out", str(tmp_path / "none"), "--plan"]) == 0
+    assert "as if there were 300 dialogues" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+def test_all_models_without_a_template_are_named_with_the_word_to_write(recipe, tmp_path):
+    bare = []
+    for path in recipe.sources:
+        bare.append(shutil.copytree(path, tmp_path / Path(path).name))
+        (bare[-1] / "chat_template.jinja").unlink(missing_ok=True)
+        settings = json.loads((bare[-1] / "tokenizer_config.json").read_text())
+        (bare[-1] / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "chat_template"}))
+    without = recipe.with_(sources=tuple(map(str, bare)))
+    for work in (lambda: forecast(without, tmp_path / "run"), lambda: finish(run(without, tmp_path / "run"))):
+        with pytest.raises(CheckpointError, match=r"source-qwen.*source-neox.*`template: plain`"):
+            work()
+    assert not (tmp_path / "run" / "work" / "dialogues.jsonl").exists()
+    assert forecast(without.with_(template="plain"), tmp_path / "other").dialogues == 20
+
+
+def test_what_is_better_known_before_stands_in_the_plan(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "slowness_of_bfloat16", lambda: 4.2)
+    asked = recipe.with_(training=Training(**{**vars(TRAINING), "bf16": True}), max_tokens=100_000)
+    warnings = forecast(asked, tmp_path / "run").warnings
+    assert any("4 times as slow" in said and "`bf16`" in said for said in warnings)
+    assert any(said.startswith("pivot reads 1,024 tokens") for said in warnings), warnings
+    assert not forecast(recipe.with_(max_tokens=512), tmp_path / "run").warnings
+    monkeypatch.undo()
+    assert cost.slowness_of_bfloat16() > 0
 
 
 @pytest.mark.parametrize(("wish", "visible"), [("true", ""), ("", "0")])

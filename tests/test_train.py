@@ -17,7 +17,7 @@ from fusion.train.history import append, earlier, unfinished_work
 from fusion.train.packing import pack
 from fusion.train.rows import ByLength, Collator
 from fusion.train.trainer import train
-from tests.conftest import load_tensors, save_family
+from tests.conftest import load_tensors, save_checkpoint, save_family
 
 FAST = Training(learning_rate=1e-3, batch=2, accumulate=1, max_steps=3, schedule="constant", warmup=0.0)
 
@@ -173,6 +173,22 @@ def test_lora_is_merged_into_the_target(pivot, tmp_path):
     assert changed and all("_proj" in name for name in changed)
 
 
+def test_an_adapter_is_added_to_the_stored_base_whatever_it_was_trained_on(pivot, tmp_path):
+    """Nothing but the adapted matrices moves, and these by s·BA: the rounded base of a bfloat16 training is not saved."""
+    settings = Training(**{**vars(FAST), "lora_rank": 2, "dtype": "bfloat16", "save_steps": 3})
+    folder = finish(train(pivot, examples(), tmp_path / "out", settings)).folder
+    before, after = load_tensors(pivot), load_tensors(folder)
+    for name in before:
+        moved = after[name] - before[name]
+        assert after[name].dtype == torch.float32
+        if "_proj" in name:  # of rank 2, but for what adding to float32 rounds
+            assert torch.linalg.matrix_rank(moved, atol=1e-5) <= 2 and 0 < moved.abs().max() < 0.1, name
+        else:
+            assert not moved.any(), name
+    rounded = before["model.layers.0.mlp.up_proj.weight"].bfloat16().float()
+    assert (rounded - before["model.layers.0.mlp.up_proj.weight"]).abs().max() > 1e-4  # a rounded base would be seen
+
+
 def test_refusals(pivot, tmp_path):
     with pytest.raises(RecipeError, match=r"lm_weight.*\n.*batch"):
         Training(lm_weight=2, batch=0).check()
@@ -190,6 +206,22 @@ def test_the_estimate_grows_as_the_work_does(pivot):
     full, lora = (estimate(checkpoint, [100] * 32, Training(lora_rank=rank)) for rank in (0, 4))
     assert lora.memory_bytes < full.memory_bytes
     assert estimate(checkpoint, [100] * 32, Training(epochs=2, batch=4, accumulate=2)).steps == 8
+
+
+def test_memory_counts_what_is_loaded_and_one_slice_of_logits(tmp_path):
+    small, wide = (save_checkpoint(tmp_path / str(rows), {"model.embed_tokens.weight": np.zeros((rows, 64), np.float32),
+                                                          "model.layers.0.mlp.up_proj.weight": np.zeros((64, 64), np.float32)},
+                                   "bfloat16", {"vocab_size": rows, "hidden_size": 64, "intermediate_size": 64})
+                   for rows in (1000, 100_000))
+    one, other = Checkpoint(small), Checkpoint(wide)
+    rank = 8 * (64 + 64) * 16
+    held = [estimate(other, [100], Training(lora_rank=8, bf16=bf16)).memory_bytes for bf16 in (False, True)]
+    assert other.parameters * 4 + rank < held[1] <= held[0]  # float32, whatever bf16 does with a product
+    assert estimate(other, [100], Training()).memory_bytes > 4 * 4 * other.parameters
+    longer, long = (estimate(one, [tokens], Training()).memory_bytes for tokens in (100_001, 100_000))
+    shorter, short = (estimate(one, [tokens], Training()).memory_bytes for tokens in (101, 100))
+    assert longer - long < shorter - short < 4 * 1000 * 4 * 8  # once a slice is full its logits grow no more
+    assert estimate(other, [100_000], Training()).memory_bytes < 4 * 100_000 * 100_000 * 4  # all of them would take 160 GB
 
 
 def test_batches_by_length_hold_similar_dialogues_and_change_with_the_epoch():

@@ -82,7 +82,8 @@ def _row(stage: Stage, price: Cost | None, i: int, running: str) -> str:
     seconds = price.seconds[i] if price and i < len(price.seconds) and not stage.done else 0
     about = time_text(max(seconds, 1)) if seconds else "–"
     light = f"<span class='fs-state fs-{level}'><span class='fs-light'></span>{word}</span>" if level else f"<small>{word}</small>"
-    return f"<tr><td>{stage.name}</td><td>{escape(Path(stage.subject).name)}</td><td>{about}</td><td>{light}</td></tr>"
+    told = f"<br><small>{escape(stage.note)}</small>" if stage.note else ""
+    return f"<tr><td>{stage.name}</td><td>{escape(Path(stage.subject).name)}{told}</td><td>{about}</td><td>{light}</td></tr>"
 
 
 def _numbers(stages: Sequence[Stage], price: Cost | None) -> str:
@@ -92,6 +93,8 @@ def _numbers(stages: Sequence[Stage], price: Cost | None) -> str:
     facts = (("Dialogues", f"{price.dialogues:,}"), ("Tokens a target", f"{price.tokens:,}"),
              ("Steps a target", f"{price.steps:,}"),
              ("Memory", bytes_text(price.memory_bytes)), ("Time left, roughly", time_text(left)))
-    return f"<dl class='fs-cost'>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in facts)}</dl>"
+    notes = [*price.warnings, *([f"Estimated {price.guessed}."] if price.guessed else [])]
+    return (f"<dl class='fs-cost'>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in facts)}</dl>"
+            + "".join(f"<p class='fs-lead'>{escape(note)}</p>" for note in notes))
 
 

@@ -109,7 +109,7 @@ class _Watch:
     def _status(self) -> str:
         job, folder = self._job, f"{self._outputs.name}/{self._job.title}"
         if job.state == "done":
-            made = ", ".join([*self._recipe.target_names, *(["merged"] if job.result.merged else [])])
+            made = ", ".join([*self._recipe.target_names, *([job.result.merged.name] if job.result.merged else [])])
             return note("good", f"{made} lie in {folder} and are in the menus of Models.")
         if job.state == "stopped":
             return note("warning", f"{job.title} was stopped; press Fuse to go on with what is not yet done.")

@@ -43,8 +43,8 @@ class Head:
             logits = type(self._model).forward(self._model, **inputs).logits.flatten(0, 1)
             return [use(logits[places[part]], part) for part in _parts(len(places), logits.shape[-1])]
         hidden, answer, width = run
-        return [_kept_small(lambda rows, part=part: use(answer(rows), part), hidden[part], len(hidden) > part.stop - part.start)
-                for part in _parts(len(places), width)]
+        parts = _parts(len(places), width, self._model.get_output_embeddings())
+        return [_kept_small(lambda rows, part=part: use(answer(rows), part), hidden[part], len(parts) > 1) for part in parts]
 
     def _shortened(self, places: torch.Tensor, **inputs) -> tuple[torch.Tensor, Callable, int] | None:
         """The head's input at `places` [N, D], what makes logits of such rows, and how wide they are; None where the model
@@ -96,10 +96,25 @@ def _kept_small(work: Callable[[torch.Tensor], Found], rows: torch.Tensor, slice
     return checkpoint(work, rows, use_reentrant=False)
 
 
-def _parts(count: int, width: int) -> Iterator[slice]:
-    """Slices of `count` positions whose logits, `width` each, are at most SLICE_LOGITS; at least one slice."""
+def _parts(count: int, width: int, head: torch.nn.Module | None = None) -> list[slice]:
+    """Slices of `count` positions whose logits, `width` each, are at most SLICE_LOGITS; at least one slice.
+
+    Under ZeRO-3 all processes gather the head's weight for each slice, so all have as many; some may be empty.
+    """
     step = max(SLICE_LOGITS // width, 1)
-    return (slice(at, min(at + step, count)) for at in range(0, max(count, 1), step))
+    needed = max(-(-count // step), 1)
+    if head is not None and any(hasattr(its, "ds_id") for its in head.parameters()):
+        needed = _most(needed, next(head.parameters()).device)
+    return [slice(min(at * step, count), min(at * step + step, count)) for at in range(needed)]
+
+
+def _most(number: int, device: torch.device) -> int:
+    """The largest of all processes' numbers."""
+    import torch
+
+    largest = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
 
 
 def _finishes(model: torch.nn.Module) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:

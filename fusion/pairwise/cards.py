@@ -27,9 +27,10 @@ def target_card(recipe: FuseRecipe, target: str, sources: Sequence[str], statist
 
 
 def run_card(recipe: FuseRecipe, report: Mapping, statistics: Mapping[str, Mapping], curves: Mapping[str, Sequence[Mapping]],
-             merged: bool) -> str:
+             merged: str = "", earlier: Sequence[str] = ()) -> str:
     """The README.md of a run: what was read and dropped, how tokens aligned, who was heard, how training went."""
-    rest = ["`merged/` is their merge; its own card says how it was weighed.", ""] if merged else []
+    rest = [f"`{merged}/` is their merge; its own card says how it was weighed."] if merged else []
+    rest += [f"Of other targets or settings, from before: {', '.join(f'`{name}/`' for name in earlier)}."] if earlier else []
     return "\n".join([
         "# A fusion run", "", f"Pivot {as_text(_name(recipe.pivot))}, made with FuseChat Studio {VERSION} from `fuse_recipe.yaml`. "
         "`targets/` holds the models, `work/` what can be made again.", *rest, "",

@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 
 from fusion.distill.store import write_whole
-from fusion.errors import MismatchError, OutputError
+from fusion.errors import FusionError, MismatchError, OutputError
+from fusion.merge import RECIPE_FILE as MERGE_RECIPE
 from fusion.pairwise.recipe import FuseRecipe
+from fusion.recipe import Recipe
 from fusion.train import history
 
 RECIPE_FILE = "fuse_recipe.yaml"
@@ -28,7 +31,6 @@ class Place:
         self.out = Path(out).absolute()
         self.dialogues = self.out / "work" / "dialogues.jsonl"
         self.report = self.out / "work" / "dialogues_report.json"
-        self.merged = self.out / "merged"
 
     def distributions(self, name: str) -> Path:
         return self.out / "work" / "distributions" / name.replace("/", "-")
@@ -38,6 +40,39 @@ class Place:
 
     def target(self, target: str) -> Path:
         return self.out / "targets" / target
+
+    def merges(self) -> list[Path]:
+        """The folders of its merges, the latest first."""
+        names = chain(["merged"], (f"merged-{number}" for number in count(2)))
+        made = []
+        while os.path.lexists(folder := self.out / next(names)):
+            made.insert(0, folder)
+        return made
+
+    def next_merge(self) -> Path:
+        """Where a new merge goes: nothing is ever overwritten."""
+        return self.out / (f"merged-{len(made) + 1}" if (made := self.merges()) else "merged")
+
+
+def current_merge(recipe: FuseRecipe, place: Place) -> Path | None:
+    """The merge of just these targets by these settings, as its own recipe tells; None when there is none (yet).
+
+    A run that was given one more source, or another method, has earlier merges, which stay where they are.
+    """
+    wanted = _settings(recipe.merge_recipe(recipe.pivot, recipe.target_names))
+    return next((folder for folder in place.merges() if _merged_by(folder) == wanted), None)
+
+
+def _merged_by(folder: Path) -> dict | None:
+    try:
+        return _settings(Recipe.load(folder / MERGE_RECIPE))
+    except FusionError:
+        return None
+
+
+def _settings(recipe: Recipe) -> dict:
+    """What a merge is made by; its targets by name, for a run's folder may be moved."""
+    return recipe.explicit().with_(targets=recipe.names, revisions={}, result={}).to_dict()
 
 
 def agree(recipe: FuseRecipe, place: Place) -> None:

@@ -10,28 +10,29 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fusion.checkpoint import Checkpoint
 from fusion.distill.dialogues import Dialogue
-from fusion.distill.encoding import PLAIN, Encoder
+from fusion.distill.encoding import Encoder
 from fusion.distill.fused import STATISTICS_FILE, FusedData, Knower, build
-from fusion.distill.server import ServerTeacher, load_tokenizer
+from fusion.distill.server import ServerTeacher
 from fusion.distill.store import PLAN_FILE, Store, write_whole
-from fusion.distill.teacher import LocalTeacher, Teacher, limit_in, prepare, represent
+from fusion.distill.teacher import LoadedTeacher, LocalTeacher, Teacher, prepare, represent
 from fusion.errors import FusionError, MismatchError
-from fusion.loading import stored_as_read, tokenizer_of
+from fusion.loading import stored_as_read
 from fusion.merge import merge
 from fusion.pairwise.cards import run_card, target_card
 from fusion.pairwise.data import prepare_dialogues, stored_dialogues
-from fusion.pairwise.place import Place, claim
+from fusion.pairwise.place import Place, claim, current_merge
+from fusion.pairwise.readers import encoders_of, template_of
 from fusion.pairwise.recipe import FuseRecipe
 from fusion.progress import Progress, Work
 from fusion.sources import open_checkpoint
-from fusion.train import Estimate, estimate
+from fusion.train.crew import Crew, as_one
 from fusion.train.history import history
+from fusion.train.packing import refuse_leaks
 
 CARD_FILE = "README.md"
 _TITLES = {"data": "Reading dialogues", "distributions": "Distributions of {}", "fused targets": "Fusing for {}",
@@ -40,11 +41,12 @@ _TITLES = {"data": "Reading dialogues", "distributions": "Distributions of {}", 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage as it is shown: `name`, what it concerns, whether its result is there."""
+    """One stage as it is shown: `name`, what it concerns, whether its result is there, and what else is to be known."""
 
     name: str
     subject: str
     done: bool = False
+    note: str = ""
 
     @property
     def title(self) -> str:
@@ -73,19 +75,18 @@ def plan(recipe: FuseRecipe, out: str | os.PathLike) -> list[Stage]:
     for target in recipe.target_names:
         stages.append(Stage("training", target, place.target(target).is_dir()))
     if recipe.mode == "pairwise":
-        stages.append(Stage("merge", str(recipe.merge.get("method", "varm")), place.merged.is_dir()))
+        stages.append(_merge_stage(recipe, place))
     return stages
 
 
-def cost(recipe: FuseRecipe, out: str | os.PathLike) -> Estimate | None:
-    """What training one target will take, from the stored dialogues; None before the data stage is done."""
-    place = Place(out)
-    if not place.dialogues.exists():
-        return None
-    encoder, checkpoint = encoder_of(recipe.pivot, recipe), open_checkpoint(recipe.pivot)
-    lengths = [len(encoder.encode(dialogue).ids) for dialogue in stored_dialogues(place.dialogues)]
-    checkpoint.close()
-    return estimate(checkpoint, lengths, recipe.training)
+def _merge_stage(recipe: FuseRecipe, place: Place) -> Stage:
+    current, earlier = current_merge(recipe, place), [folder.name for folder in place.merges()]
+    note = ""
+    if current and current.name != "merged":
+        note = f"in {current.name}"
+    elif earlier and not current:
+        note = f"{', '.join(earlier)}: of other targets or settings; the new one will be {place.next_merge().name}"
+    return Stage("merge", str(recipe.merge.get("method", "varm")), current is not None, note)
 
 
 def run(recipe: FuseRecipe, out: str | os.PathLike) -> Work[FuseResult]:
@@ -99,12 +100,11 @@ def run(recipe: FuseRecipe, out: str | os.PathLike) -> Work[FuseResult]:
     if crew.first:
         claim(recipe, place)
     crew.wait()
-    models = (("pivot", recipe.pivot), *zip(recipe.names, recipe.sources, strict=True))
-    encoders = {name: encoder_of(source, recipe, name) for name, source in models}
+    encoders = encoders_of(recipe)
     dialogues, report = yield from _data(recipe, place, encoders, crew)
     knowers = {}
     for name, source in recipe.teachers:
-        store = yield from _distributions(name, source, recipe, place, dialogues, crew)
+        store = yield from _distributions(name, source, recipe, place, dialogues, encoders[name], crew)
         knowers[name] = Knower(name, encoders[name], store)
     statistics, targets = {}, {}
     names = [name for name, _ in recipe.teachers[1:]]
@@ -115,49 +115,13 @@ def run(recipe: FuseRecipe, out: str | os.PathLike) -> Work[FuseResult]:
         statistics[target] = json.loads((place.fused(target) / STATISTICS_FILE).read_text(encoding="utf-8"))
         targets[target] = yield from _trained(target, fused, recipe, place)
     crew.wait()
-    if recipe.mode == "pairwise" and crew.first and not place.merged.is_dir():
+    if recipe.mode == "pairwise" and crew.first and current_merge(recipe, place) is None:
         paths = tuple(str(folder) for folder in targets.values())
-        yield from _labelled(merge(recipe.merge_recipe(recipe.pivot, paths), place.merged), Stage("merge", "").title)
+        yield from _labelled(merge(recipe.merge_recipe(recipe.pivot, paths), place.next_merge()), Stage("merge", "").title)
     if crew.first:
         _write_cards(recipe, place, heard, report, statistics)
     crew.wait()
-    return FuseResult(targets, place.merged if recipe.mode == "pairwise" else None, report, statistics)
-
-
-class Crew:
-    """The processes of `accelerate launch`, or the only one: who is first, and waiting for each other."""
-
-    def __init__(self):
-        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self._state = None
-        if self.count > 1:
-            import torch
-            from accelerate import PartialState
-
-            self._state = PartialState(cpu=not torch.cuda.is_available())
-
-    @property
-    def first(self) -> bool:
-        """Whether this process does what only one may do."""
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Wait until every process is here."""
-        if self._state is not None:
-            self._state.wait_for_everyone()
-
-
-def encoder_of(source: str, recipe: FuseRecipe, name: str = "") -> Encoder:
-    """How a model of this recipe reads dialogues; `name` is a source's, which a server may run."""
-    if name in recipe.servers:
-        return Encoder(load_tokenizer(source), template_of(recipe), recipe.max_tokens)
-    with closing(open_checkpoint(source)) as checkpoint:
-        return Encoder(tokenizer_of(checkpoint), template_of(recipe), limit_in(checkpoint, recipe.max_tokens))
-
-
-def template_of(recipe: FuseRecipe) -> str | None:
-    """The chat template shared by all models, None when each uses its own."""
-    return {"own": None, "plain": PLAIN}.get(recipe.template, recipe.template)
+    return FuseResult(targets, current_merge(recipe, place) if recipe.mode == "pairwise" else None, report, statistics)
 
 
 def _data(recipe: FuseRecipe, place: Place, encoders: dict[str, Encoder], crew: Crew) -> Work[tuple[list[Dialogue], dict]]:
@@ -170,11 +134,13 @@ def _data(recipe: FuseRecipe, place: Place, encoders: dict[str, Encoder], crew: 
 
 
 def _distributions(name: str, source: str, recipe: FuseRecipe, place: Place, dialogues: Sequence[Dialogue],
-                   crew: Crew) -> Work[Store]:
+                   encoder: Encoder, crew: Crew) -> Work[Store]:
     folder = place.distributions(name)
     if _complete(folder):
         yield Progress(Stage("distributions", name).title, note="already there")
-    teacher = _teacher(name, source, recipe, finished=_complete(folder) and crew.count == 1)
+    teacher = _teacher(name, source, recipe, encoder if _complete(folder) and crew.count == 1 else None)
+    if name == "pivot" and recipe.training.pack and isinstance(teacher, LoadedTeacher):
+        refuse_leaks(teacher.model, teacher.model, next(teacher.model.parameters()).dtype.itemsize == 4)  # before hours of work
     if crew.first:
         prepare(teacher, dialogues, folder, top_k=recipe.top_k)
     crew.wait()
@@ -184,14 +150,15 @@ def _distributions(name: str, source: str, recipe: FuseRecipe, place: Place, dia
     return store
 
 
-def _teacher(name: str, source: str, recipe: FuseRecipe, finished: bool) -> Teacher:
-    """The model itself, or its server; weights are not loaded when all its distributions are stored."""
+def _teacher(name: str, source: str, recipe: FuseRecipe, finished: Encoder | None) -> Teacher:
+    """The model itself, or its server; with the encoder of one whose distributions are all stored, weights are not loaded."""
     template, served = template_of(recipe), recipe.servers.get(name)
     if served:
         return ServerTeacher(source, served.server, served.model, template=template, max_tokens=recipe.max_tokens)
     if finished:
-        return Finished(encoder_of(source, recipe, name), open_checkpoint(source).fingerprint)
-    return LocalTeacher(source, template=template, max_tokens=recipe.max_tokens, dtype=recipe.teacher_dtype)
+        return Finished(finished, open_checkpoint(source).fingerprint)
+    with as_one():
+        return LocalTeacher(source, template=template, max_tokens=recipe.max_tokens, dtype=recipe.teacher_dtype)
 
 
 @dataclass(frozen=True)
@@ -242,7 +209,9 @@ def _write_cards(recipe: FuseRecipe, place: Place, heard: Mapping[str, Sequence[
         file = place.target(target) / CARD_FILE
         if not file.exists():
             write_whole(file, target_card(recipe, target, sources, statistics[target], curves[target]).encode())
-    card = run_card(recipe, report, statistics, curves, recipe.mode == "pairwise")
+    current = current_merge(recipe, place) if recipe.mode == "pairwise" else None
+    earlier = [folder.name for folder in place.merges() if folder != current]
+    card = run_card(recipe, report, statistics, curves, current.name if current else "", earlier)
     write_whole(place.out / CARD_FILE, card.encode())
 
 

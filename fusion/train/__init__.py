@@ -5,6 +5,6 @@
 """
 
 from fusion.train.history import history
-from fusion.train.settings import Estimate, Training, estimate
+from fusion.train.settings import PROGRAM_BYTES, Estimate, Training, activation_width, estimate
 
-__all__ = ["Estimate", "Training", "estimate", "history"]
+__all__ = ["PROGRAM_BYTES", "Estimate", "Training", "activation_width", "estimate", "history"]

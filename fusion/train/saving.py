@@ -27,10 +27,9 @@ def save(trainer: Trainer, pivot: Path, work: Path, out: Path, curve: list[dict]
     Under FSDP and ZeRO-3 every process holds a piece, so all of them gather; the first writes, in the pivot's stored dtype. A
     LoRA adapter is added to the stored base in float32 and rounded once. `work` holds the unfinished folder, and is removed.
     """
-    trained = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
-    state = trainer.accelerator.get_state_dict(trained)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trained)
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         _let_go(trainer)
         with as_one():
             _write(_taken_in(pivot, state, getattr(model, "peft_config", {})), pivot, work / "result", curve)

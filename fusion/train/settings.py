@@ -7,8 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fusion.checkpoint import Checkpoint
+from fusion.distill.heads import SLICE_LOGITS
 from fusion.distill.losses import KINDS
+from fusion.dtypes import ITEM_BYTES
 from fusion.errors import RecipeError, nearest
+from fusion.train.packing import pack
+
+PROGRAM_BYTES = 600 * 2**20  # Python, torch and transformers before any model
 
 
 @dataclass(frozen=True)
@@ -86,21 +91,53 @@ class Estimate:
 
 
 def estimate(pivot: Checkpoint, lengths: Sequence[int], training: Training, *, flops_per_s: float = 3e10) -> Estimate:
-    """Predict memory and time from headers and dialogue lengths.
+    """Predict memory and time from headers and dialogue lengths; on one device that shards nothing.
 
-    Memory: weights, gradients and two AdamW moments in float32 (only the adapter's for LoRA), activations of one batch and
-    its logits twice. Time: 6 operations a parameter and token at `flops_per_s` (the default is two CPU cores).
+    Memory: weights as they are loaded, gradients and two AdamW moments of what is trained, activations of the largest batch,
+    logits of one slice, and the stored copy that takes in what was learnt. Time: 6 operations a parameter and token at
+    `flops_per_s` (the default is two CPU cores). Steps are counted as `transformers.Trainer` does.
     """
-    longest = max(lengths, default=0) if not training.pack else training.max_tokens
-    width, layers = int(pivot.config.get("hidden_size", pivot.config.get("n_embd", 1024))), max(pivot.layers, 1)
-    vocabulary = pivot.vocab_size or 0
-    weights = pivot.parameters * (2 if training.bf16 and training.lora_rank else 4)
-    trained = pivot.parameters if not training.lora_rank else 2 * training.lora_rank * width * layers * 7
-    per_token = width * layers * (2 if training.gradient_checkpointing else 34)
-    activations = training.batch * longest * (per_token * 4 + vocabulary * 4 * 2)
-    tokens = int(sum(lengths) * training.epochs)
-    per_step = training.batch * training.accumulate
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(len(lengths) * training.epochs / per_step)
-    if training.max_steps > 0 and lengths:
-        tokens = int(sum(lengths) / len(lengths) * per_step * training.max_steps)
-    return Estimate(tokens, steps, weights + trained * 12 + activations, 6.0 * pivot.parameters * tokens / flops_per_s)
+    rows = [sum(lengths[i] for i in row) for row in pack(lengths, training.max_tokens)] if training.pack else list(lengths)
+    per_epoch = math.ceil(math.ceil(len(rows) / training.rows_a_batch) / training.accumulate)
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.epochs)
+    tokens = int(sum(lengths) * (steps / per_epoch if training.max_steps > 0 and per_epoch else training.epochs))
+    held = _held(pivot, training) + _activations(pivot, training.rows_a_batch * max(rows, default=0), training)
+    memory = max(held, pivot.parameters * _item(pivot, training) + pivot.nbytes)
+    return Estimate(tokens, steps, PROGRAM_BYTES + memory, 6.0 * pivot.parameters * tokens / flops_per_s)
+
+
+def _held(pivot: Checkpoint, training: Training) -> int:
+    """Bytes that stay: weights as loaded, and for what is trained gradients and both moments (an adapter is float32)."""
+    item = _item(pivot, training)
+    if training.lora_rank:
+        return pivot.parameters * item + _adapter(pivot, training.lora_rank) * 16
+    return pivot.parameters * (4 * item + (2 if training.bf16 else 0))  # autocast keeps a copy of the weights
+
+
+def _item(pivot: Checkpoint, training: Training) -> int:
+    """Bytes of a weight as it is loaded."""
+    return {"float32": 4, "bfloat16": 2, "float16": 2}.get(training.dtype, ITEM_BYTES[pivot.dtype])
+
+
+def _adapter(pivot: Checkpoint, rank: int) -> int:
+    """Parameters of a LoRA adapter on every matrix but those at the ends."""
+    ends = ("embed", "lm_head", "wte", "wpe", "output")
+    return sum(rank * sum(its.shape) for name, its in pivot.info.items()
+               if len(its.shape) == 2 and not any(word in name for word in ends))
+
+
+def activation_width(model: Checkpoint) -> int:
+    """Numbers that a token has on its way through one layer, about."""
+    text = model.config.get("text_config") or model.config
+    width = int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 1024)
+    inner = int(text.get("intermediate_size") or text.get("n_inner") or text.get("ffn_dim") or 4 * width)
+    return 16 * width + 5 * inner
+
+
+def _activations(pivot: Checkpoint, tokens: int, training: Training) -> int:
+    """Bytes of what a batch of so many tokens keeps for the backward pass, and of a slice of its logits."""
+    layers, item = max(pivot.layers, 1), 4 if training.exact else 2
+    layer = activation_width(pivot)
+    kept = layers * layer // 16 + layer if training.gradient_checkpointing else layers * layer
+    logits = min(max(SLICE_LOGITS, pivot.vocab_size or 0), tokens * (pivot.vocab_size or 0))
+    return tokens * kept * item + 4 * logits * 4

@@ -201,7 +201,7 @@ class FusionTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See Trainer; `num_items_in_batch` is the number of labels of the whole update, over all devices."""
         extra = {"position_ids": inputs["position_ids"]} if "position_ids" in inputs else {}
-        if extra and not self._apart:
+        if self.training.pack and not self._apart:  # on every process at once, whatever its own batch holds
             refuse_leaks(model, self.accelerator.unwrap_model(model), self.training.exact)
             self._apart = True
         wanted = _Wanted(inputs, num_items_in_batch, self.training)
