@@ -81,7 +81,7 @@ def forecast(recipe: FuseRecipe, out: str | os.PathLike) -> Cost:
     if Place(out).dialogues.exists():
         return predict(recipe, out)
     if Path(recipe.data).expanduser().exists():
-        dialogues, _ = load(recipe.data, limit=recipe.limit or None)
+        dialogues, _ = load(recipe.data, split=recipe.split, subset=recipe.subset, limit=recipe.limit or None)
         cost = predict(recipe, out, dialogues)
         return replace(cost, guessed=", ".join(filter(None, (cost.guessed, "before they are split and checked"))))
     encoders, count = encoders_of(recipe), recipe.limit or ASSUMED
