@@ -178,7 +178,7 @@ def _read(done: Evaluation, models: dict[str, int]) -> dict[str, dict[str, list[
     for its in done.records:
         known = its.get("characters")
         mark = f"{its['nats'] / its['characters']:.3f}" if known else "–"
-        text = f"{its['nats']:,.1f} nats over {its['tokens']:,} tokens, {known:,} characters" if known else "cannot be read by it"
+        text = f"{its['nats']:,.1f} nats over {its['tokens']:,} tokens, {known:,} characters" if known else its["unread"]
         remark = "cut off by its context" if its.get("truncated") else ""
         pieces.setdefault(its["origin"], []).append(Said(models[its["model"]], "", mark, text, remark))
     return {"nats per character, piece by piece": pieces}

@@ -20,7 +20,7 @@ def add(command) -> None:
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--domains", action="store_true", help="the demo's held-out prompts over eight domains (the default)")
     sub.add_argument("--only", metavar="DOMAINS", help="of the eight domains only these, separated by commas")
-    what.add_argument("--perplexity", metavar="DATA", help="dialogues (.json, .jsonl, .parquet, Hub dataset) or plain text (.txt)")
+    what.add_argument("--perplexity", metavar="DATA", help="dialogues (JSON, JSONL, Parquet, Hub dataset) or plain text (.txt)")
     sub.add_argument("--split", metavar="NAME", default="train", help="the split of the data that --perplexity reads (train)")
     sub.add_argument("--subset", metavar="NAME", default="", help="the subset of the data that --perplexity reads")
     what.add_argument("--judge", metavar="QUESTIONS", help="questions in MT-Bench's question.jsonl format, graded by a judge")
