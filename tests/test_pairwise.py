@@ -111,8 +111,10 @@ def test_fused_examples_are_read_piece_by_piece(done):
     assert 0 <= statistics["emptied"]["source-qwen"] < 0.1
 
 
-def test_mass_is_not_told_where_it_was_not_counted(done):
+def test_mass_is_told_by_the_plan_where_it_was_counted(done, recipe):
     statistics = done[1].statistics["target-qwen"]
+    told = {stage.subject: stage.note for stage in plan(recipe, done[0]) if stage.name == "fused targets"}
+    assert told["target-qwen"] == mass_note(statistics)
     assert f"{statistics['kept']['source-qwen']:.0%} of its mass kept" in mass_note(statistics)
     earlier = {name: its for name, its in statistics.items() if name not in ("read", "kept", "unwritten", "emptied", "heard")}
     assert list(mass_table({"target-qwen": earlier})) == [] and mass_note(earlier) == ""

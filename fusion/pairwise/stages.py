@@ -23,7 +23,7 @@ from fusion.distill.teacher import LoadedTeacher, LocalTeacher, Teacher, prepare
 from fusion.errors import FusionError, MismatchError
 from fusion.loading import stored_as_read
 from fusion.merge import merge
-from fusion.pairwise.cards import run_card, target_card
+from fusion.pairwise.cards import mass_note, run_card, target_card
 from fusion.pairwise.data import prepare_dialogues, stored_dialogues
 from fusion.pairwise.place import Place, claim, current_merge
 from fusion.pairwise.readers import encoders_of, template_of
@@ -71,12 +71,21 @@ def plan(recipe: FuseRecipe, out: str | os.PathLike) -> list[Stage]:
     for name, _ in recipe.teachers:
         stages.append(Stage("distributions", name, _complete(place.distributions(name))))
     for target in recipe.target_names:
-        stages.append(Stage("fused targets", target, (place.fused(target) / STATISTICS_FILE).exists()))
+        stages.append(_fused_stage(target, place.fused(target)))
     for target in recipe.target_names:
         stages.append(Stage("training", target, place.target(target).is_dir()))
     if recipe.mode == "pairwise":
         stages.append(_merge_stage(recipe, place))
     return stages
+
+
+def _fused_stage(target: str, folder: Path) -> Stage:
+    """With what came over of each source's words, once that is known."""
+    try:
+        statistics = json.loads((folder / STATISTICS_FILE).read_text(encoding="utf-8"))
+        return Stage("fused targets", target, True, mass_note(statistics))
+    except (OSError, ValueError, KeyError):
+        return Stage("fused targets", target)
 
 
 def _merge_stage(recipe: FuseRecipe, place: Place) -> Stage:
