@@ -12,15 +12,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusion.demo import FAMILY, bars, check, examples, table, train
 from fusion.demo.checking import LONGEST_REPLY, MERGE, answer, load, varm_merge
-from fusion.demo.dialogues import conversation, held_out_tasks
+from fusion.demo.dialogues import conversation, draw, held_out_tasks, turn
 from fusion.demo.domains import DOMAINS
 from fusion.demo.family import FUSION, RECIPES, Recipe, members
 from fusion.demo.styles import STYLES
+from fusion.demo.task import Task, held_out
 from fusion.errors import CheckpointError, RecipeError
 from fusion.progress import Meter, finish
 
 SHIPPED = Path(__file__).parents[1] / "assets" / "demo"
 MODELS = [member.name for member in FAMILY]
+MOST_NATS = 15.0  # for a reply of a kind that the model has learnt; the worst of the shipped costs about 5
 
 # what people type without reading any instructions, and what a sensible reply must match
 TALK = {
@@ -97,25 +99,45 @@ def test_targets_share_the_pivots_shape_and_tokenizer():
 
 
 @pytest.mark.parametrize("name", [*MODELS, MERGE])
-def test_small_talk_gets_a_sensible_reply(name, merged):
+def test_small_talk_gets_a_sensible_reply_in_the_second_turn_too(name, merged):
     path = merged if name == MERGE else SHIPPED / name
     replies = reply(path, *TALK)
     wrong = {prompt: said for (prompt, wanted), said in zip(TALK.items(), replies, strict=True)
              if not re.search(wanted, said, re.IGNORECASE)}
+    model, tokenizer = load(path)
+    messages = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Hello!"},
+                {"role": "assistant", "content": "Hello! How can I help you?"}, {"role": "user", "content": "Who are you?"}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**inputs, max_new_tokens=LONGEST_REPLY, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+    assert ids[-1] == tokenizer.eos_token_id  # a reply ends by itself
+    said = tokenizer.decode(ids, skip_special_tokens=True)
+    wrong |= {} if "chat model" in said else {"second turn": said}
     assert len(wrong) <= (0 if name == MERGE else 1), wrong  # a single model may slip once, the merge may not
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_replies_end_by_themselves_and_a_second_turn_works(name):
+@torch.inference_mode()
+def nats(model, tokenizer, dialogue) -> float:
+    """What the last reply costs the model, without its end."""
+    ids = tokenizer.apply_chat_template(dialogue, return_tensors="pt", return_dict=True)["input_ids"]
+    begin = len(tokenizer.apply_chat_template(dialogue[:-1], add_generation_prompt=True, return_dict=True)["input_ids"])
+    end = ids[0].tolist().index(tokenizer.eos_token_id, begin)
+    logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return -float(logprobs[range(begin - 1, end - 1), ids[0, begin:end]].sum())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_model_reads_what_it_learnt_as_it_learnt_it(name):
+    """A tokenizer that cuts a kind of reply otherwise than in training makes it cost dozens of nats."""
     model, tokenizer = load(SHIPPED / name)
-    messages = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "Hello!"},
-                {"role": "assistant", "content": "Hello! How can I help you?"},
-                {"role": "user", "content": "Who are you?"}]
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = model.generate(**inputs, max_new_tokens=LONGEST_REPLY, do_sample=False)[0, inputs["input_ids"].shape[1]:]
-    assert ids[-1] == tokenizer.eos_token_id
-    said = tokenizer.decode(ids, skip_special_tokens=True)
-    assert "chat model" in said
+    mixture, rng = RECIPES[name].mixture, Random(1)
+
+    def learnt(task: Task) -> bool:
+        return not held_out(task) and (not task.subject or mixture.knows(task.subject))
+    for domain, kinds in DOMAINS.items():
+        for kind in mixture.kinds(domain):
+            tasks = [draw(kind, rng, learnt) for _ in range(5)]
+            cost = sum(nats(model, tokenizer, turn(task.prompt, task.answer)) for task in tasks) / len(tasks)
+            assert cost < MOST_NATS, (name, domain, [key for key, its in kinds.items() if its is kind], cost)
 
 
 @pytest.mark.timeout(900)  # about a minute on two idle cores, several on busy ones

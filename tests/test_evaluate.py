@@ -154,11 +154,11 @@ def test_the_package_is_cheap_to_import():
 ASKED, SAID = "What is the capital of Norway?", "The capital of Norway is Oslo."
 
 
-def by_hand(text_before: str, text: str) -> tuple[float, int]:
+def by_hand(text_before: str, text: str, path: str = PIVOT) -> tuple[float, int]:
     """Nats and tokens of `text` after `text_before`, by transformers alone."""
     import torch
 
-    model = load(PIVOT, "pivot")
+    model = load(path, "model")
     first, ids = model.encode(text_before), model.encode(text_before + text)
     assert ids[:len(first)] == first
     with torch.inference_mode():
@@ -198,11 +198,12 @@ def test_perplexity_of_plain_text_begins_as_the_tokenizer_does(tmp_path):
     file.write_bytes(b"\xef\xbb\xbf" + f"{SAID}\r\n\r\n\r\n\r\n{ASKED}".encode())
     data = perplexity.read(str(file))
     assert data.texts == (SAID, ASKED)
-    _, (begun, _, bare, _) = finish(perplexity.measure({"begun": with_start(tmp_path / "model"), "pivot": PIVOT}, data))
+    _, (begun, _, bare, _) = finish(perplexity.measure({"begun": with_start(tmp_path / "model"), "qwen": QWEN}, data))
     assert (begun["nats"], begun["tokens"]) == pytest.approx(by_hand("<|begin|>", SAID), rel=1e-4)
     assert begun["characters"] == len(SAID) and not begun["truncated"]
-    first = load(PIVOT, "pivot").decode(load(PIVOT, "pivot").encode(SAID)[:1])
-    assert SAID.startswith(first) and (bare["nats"], bare["tokens"]) == pytest.approx(by_hand(first, SAID[len(first):]), rel=1e-4)
+    first = load(QWEN, "qwen").decode(load(QWEN, "qwen").encode(SAID)[:1])
+    expected = by_hand(first, SAID[len(first):], QWEN)
+    assert SAID.startswith(first) and (bare["nats"], bare["tokens"]) == pytest.approx(expected, rel=1e-4)
     assert bare["characters"] == len(SAID) - len(first)
 
 
