@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from fusion import CheckpointError, MismatchError
 from fusion.distill.dialogues import Dialogue, Report, split_long
 from fusion.distill.encoding import PLAIN, Encoded, Encoder
-from fusion.distill.teacher import limit_in, limit_of
+from fusion.distill.teacher import LoadedTeacher, limit_in, limit_of
 from fusion.pairwise.data import longest, record_of, shown_to_all, stored_dialogues
 from fusion.template import ChatTemplate
 
@@ -156,6 +156,8 @@ def test_odd_texts_are_learnt_as_they_are(kind, answer):
     assert learnt(encoder, encoded).strip() == (normal.normalize_str(answer) if normal else answer).strip()
     assert encoded.ends.tolist()[-1] and encoded.letters.sum() == len(answer.strip())
     assert (np.diff(encoded.labels) == 1).all() and (np.diff(encoded.reached) >= 0).all()
+    endless = Encoder(made(kind), "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n\n{% endfor %}")
+    assert learnt(endless, taught(endless, ("hi", answer))).strip() == learnt(encoder, encoded).strip()
 
 
 def test_templates_that_leave_out_thoughts():
@@ -258,3 +260,5 @@ def test_a_model_is_shown_no_more_than_it_reads():
     for config, limit in (({"model_type": "gpt2", "n_positions": 12}, 12), ({"model_type": "llama"}, 2048),
                           ({"model_type": "of_nobody", "max_position_embeddings": 3}, 4096)):
         assert limit_in(SimpleNamespace(config=config), 4096) == limit
+    model = SimpleNamespace(config=transformers.GPT2Config(n_positions=12), device="cpu")
+    assert LoadedTeacher(model, made("bytes"), template=CHATML, max_tokens=4096).encoder.max_tokens == 12
