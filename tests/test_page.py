@@ -19,6 +19,7 @@ from components.theme import HEAD, css, theme
 from fusion import Recipe, demo
 from fusion.demo.family import members
 from tests.browser import open_tab, two_targets, write
+from tests.streams import watch
 
 pytestmark = pytest.mark.browser
 PATIENCE_MS = 120_000
@@ -32,11 +33,13 @@ def studio(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(studio):
     page = build(studio)
+    wrong = watch(page)
     page.queue(max_size=64, default_concurrency_limit=8)
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, theme=theme(), css=css(), head=HEAD, footer_links=["api"],
                                 run_history=False, enable_monitoring=False, max_file_size="1mb", ssr_mode=False)
     yield address
     page.close()
+    assert wrong == []  # no handler took back what it had streamed
 
 
 @pytest.fixture
@@ -227,6 +230,42 @@ def test_a_recipe_can_be_loaded_and_a_broken_one_says_why(visit):
     expect(page.locator("#merge-granularity").get_by_label("module")).to_be_checked()
     expect(page.locator("#exclude textarea")).to_have_value("*norm*")
     assert Recipe.from_yaml(recipe_text(page)).names == ("target-neox", "target-qwen")
+
+
+def test_a_recipe_with_a_seed_keeps_its_method_whatever_stood_there(visit):
+    page = visit()
+    open_tab(page, "Merge")
+    page.locator("#load-recipe").get_by_text("Load a recipe").click()
+    page.locator("#advanced").get_by_text("Stack layers, vocabulary, seed").click()
+    box = page.locator("#recipe-in .cm-content")
+    for name in ("demo-ties", "demo-dare-ties", "demo-slerp", "demo-dare-ties", "demo-varm", "demo-dare-ties"):
+        recipe = Recipe.from_yaml((demo.FOLDER.parent / "recipes" / f"{name}.yaml").read_text())
+        box.fill(recipe.to_yaml())
+        page.locator("#recipe-load").click()
+        expect(page.locator("#recipe")).to_contain_text(f"method: {recipe.method}")
+        expect(page.locator("#seed input")).to_have_value(str(recipe.seed))
+        page.wait_for_timeout(700)  # what the fields of the page might send back comes now
+        shown = Recipe.from_yaml(recipe_text(page))
+        assert (shown.method, shown.seed, shown.options, shown.weights) == (
+            recipe.method, recipe.seed, recipe.options, recipe.weights)
+
+
+def test_the_cross_of_a_menu_empties_the_selection(visit):
+    page = visit()
+    expect(page.locator("#glance")).to_contain_text("Who moved which part", timeout=PATIENCE_MS)
+    page.locator("#sources .remove-all").click()
+    page.locator("#targets .remove-all").click()
+    expect(page.locator("#preflight")).to_contain_text("Pick at least one target")
+    expect(page.locator("#glance")).not_to_contain_text("Who moved which part")  # nothing stays of what was picked before
+    open_tab(page, "Merge")
+    page.locator("#merge-try").click()
+    expect(page.locator("#merge-status")).to_contain_text("there is none")
+    open_tab(page, "Evaluate")
+    page.locator("#evaluate-models .remove-all").click()
+    expect(page.get_by_label("Compared with")).to_have_value("nobody")
+    open_tab(page, "Models")
+    choose(page, "targets", "Target Qwen")
+    expect(page.locator("#preflight")).to_contain_text("These models can be merged")
 
 
 @pytest.fixture
