@@ -47,8 +47,9 @@ def mergeable_names(pivot: Checkpoint) -> list[str]:
 def fits(pivot: Checkpoint, target: Checkpoint) -> Iterator[Finding]:
     """What is to be told of a target beside its pivot, both as `side_by_side` gives them; after one that stops a
     merge in tensors or tokens no more is looked at."""
-    yield from _seen_otherwise(pivot, target)
     stop = next((found for check in (_tensors, _shapes, _tokens) for found in check(pivot, target)), None)
+    if stop is None or stop.topic == "vocabulary":  # strangers' other names and heads are of no matter
+        yield from _seen_otherwise(pivot, target)
     if stop is not None:
         yield stop
         return

@@ -73,6 +73,13 @@ def test_a_class_does_not_help_where_names_or_shapes_differ(tmp_path, config, ch
     assert ("GPT2LMHeadModel" in said) == bool(config["architectures"])
 
 
+def test_of_a_stranger_only_the_way_out_is_told(tmp_path):
+    stranger = model(tmp_path / "t", ("cd",), drop=(UP, HEAD), tie_word_embeddings=True, architectures=["GPT2LMHeadModel"],
+                     hidden_act="other", eos_token_id=7)
+    (found,) = [one for one in findings(model(tmp_path / "p"), stranger) if one.model == "t"]
+    assert found.level == "bad" and found.text.count("fusion") == 1
+
+
 # ── one way out ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize(("pivot", "target", "words"), [

@@ -162,9 +162,10 @@ def test_lines_are_explained():
     said(ranged, "info", 3, "a, layers 8 to 39", "the base itself")
 
 
+HALF = "{weight: 1, density: 0.5}"
 TRAPS = [  # what it is, the file, the line, words
     ("F3 small changes", "merge_method: sce\nbase_model: p\nmodels: [{model: a}, {model: b}]\n", 1, ("alike", "1e-6")),
-    ("F4 wiped tensors", merge_of("breadcrumbs"), 1, ("0.1.4", "gamma")),
+    ("F4 wiped tensors", merge_of("breadcrumbs", weight=HALF), 1, ("0.1.4", "gamma")),
     ("F5 random donor", merge_of("linear").replace("base_model: p\n", ""), 1, ("without base_model", "here from the first, a")),
     ("F6 no generation config", merge_of("linear", "tokenizer_source: base\n"), 6, ("generation_config.json",)),
     ("padded rows are trimmed", merge_of("linear", "tokenizer_source: union\n"), 6, ("padded rows",)),
@@ -173,7 +174,7 @@ TRAPS = [  # what it is, the file, the line, words
     ("F7 a typo in a parameter", merge_of("ties", "parameters:\n  lamda: 0.5\n"), 7, ("'lamda'", "'lambda'")),
     ("F7 another method's parameter", merge_of("linear", "parameters: {t: 0.5}\n"), 6, ("takes no t", "slerp")),
     ("F7 layer_range in models", "merge_method: passthrough\nmodels:\n- model: a\n  layer_range: [0, 4]\n", 4, ("slices",)),
-    ("F8 no seed", merge_of("dare_ties"), 1, ("no seed",)),
+    ("F8 no seed", merge_of("dare_ties", weight=HALF), 1, ("no seed",)),
     ("F8 sampled quantiles", "merge_method: arcee_fusion\nbase_model: p\nmodels: [{model: a}]\n", 1, ("samples", "no seed")),
     ("substring with a number", merge_of("linear", weight="{weight: [{filter: layers.1, value: 2}, {value: 1}]}"), 4,
      ("'layers.10'", "'layers.1.'")),
@@ -191,7 +192,7 @@ TRAPS = [  # what it is, the file, the line, words
     ("bf16 arithmetic", merge_of("linear", "dtype: bfloat16\n"), 6, ("before the arithmetic", "float32")),
     ("ignored under a model", merge_of("ties", weight="{weight: 1, normalize: false}"), 4, ("ignores it under a model",)),
     ("density without effect", merge_of("task_arithmetic", weight="{weight: 1, density: 0.5}"), 5, ("no effect",)),
-    ("della's single columns", merge_of("della"), 1, ("single column",)),
+    ("della's single columns", merge_of("della", weight=HALF), 1, ("single column",)),
     ("nearswap's t", "merge_method: nearswap\nbase_model: p\nmodels: [{model: a}]\nparameters: {t: 0.5}\n", 4, ("distance",)),
     ("filters without a rest", merge_of("linear", weight="{weight: [{filter: mlp, value: 1}]}"), 4, ("no filter names", "stops")),
     ("quantised by its name", merge_of("linear").replace("model: a", "model: x/a-GPTQ"), 4, ("quantised",)),
@@ -203,6 +204,31 @@ TRAPS = [  # what it is, the file, the line, words
 @pytest.mark.parametrize(("text", "line", "words"), [trap[1:] for trap in TRAPS], ids=[trap[0] for trap in TRAPS])
 def test_traps_are_named_with_their_line(text, line, words):
     said(text, "warning", line, *words)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    (merge_of("dare_ties"), "no seed"), (merge_of("dare_linear", weight="{weight: 1, density: 1.0}"), "draws at random"),
+    (merge_of("della"), "single column"), (merge_of("breadcrumbs_ties"), "0.1.4"),  # nothing is dropped at density 1
+    ("merge_method: passthrough\nmodels: [{model: a}]\ndtype: bfloat16\n", "before the arithmetic"),
+    ("merge_method: passthrough\nmodels: [{model: a}]\nchat_template: auto\n", "most models"),
+    (merge_of("linear"), "changes are measured"), (merge_of("linear", "tokenizer_source: a\n"), "gives tokenizer"),
+    (merge_of("linear", weight="{weight: [{filter: layers.31, value: 2}, {value: 1}]}"), "layers.310"),
+    (merge_of("linear", weight="{weight: [{filter: mlp.w1, value: 2}, {value: 1}]}"), "w10"),
+    (merge_of("linear", "tokenizer_source: union\n").replace("base_model: p\n", ""), "tokenizer, chat template"),
+    (merge_of("linear", "tokenizer_source: union\n").replace("base_model: p\n", ""), "mean of those that have it")])
+def test_notes_stand_only_where_they_apply(text, words):
+    assert not [note for note in lint(text) if words in note.text]
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("merge_method: passthrough\nmodels: [{model: a, parameters: {scale: 2}}]\ndtype: bfloat16\n", "before the arithmetic"),
+    (merge_of("ties"), "p is the base: changes are measured from it; it gives tokenizer"),
+    (merge_of("linear", "- {model: c, parameters: {weight: 1}}\ntokenizer_source: union\n").replace("base_model: p\n", ""),
+     "gives a model that lacks a token the mean of those that have it; here it has the row of a"),
+    (merge_of("ties", "parameters: {dtype: bfloat16}\n"), "It belongs to the top of the file"),
+    ("merge_method: linear\nmodels: [{model: a, revision: x, parameters: {weight: 1}}]\n", "path@revision")])
+def test_notes_stand_where_they_do(text, words):
+    assert [note for note in lint(text) if words in note.text]
 
 
 def test_a_sound_file_has_no_warning():

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 from fusion.errors import nearest
 from fusion.mergekit.catalogue import FORMS, OTHERS, TEMPLATES, Form, Parameter, as_kind
 from fusion.mergekit.document import Document, Note, Parameters, Row, Source
-from fusion.mergekit.reading import read
-from fusion.mergekit.traps import traps
+from fusion.mergekit.reading import TOP, read
+from fusion.mergekit.traps import settings, traps
 from fusion.methods import METHODS
+
+_TENFOLD = 20  # layer 20 stands for 200 to 209 too, which no model has
 
 
 def lint(text: str) -> list[Note]:
@@ -97,6 +99,8 @@ def _places(document: Document) -> Iterator[tuple[object, Parameters]]:
 
 def _unknown(method: str, name: str, form: Form) -> str:
     owners = sorted(other for other, its in FORMS.items() if name in its.parameters)
+    if name in TOP:
+        return f"{method} takes no {name}; mergekit drops it without a word. It belongs to the top of the file"
     if owners:
         return f"{method} takes no {name} (it belongs to {', '.join(owners[:4])}); mergekit drops it without a word"
     return f"{method} knows no {name!r}; mergekit drops it without a word. {nearest(name, form.parameters)}"
@@ -115,7 +119,8 @@ def _row(name: str, known: Parameter, row: Row, layers: int | None) -> Iterator[
     if row.gradient:
         text += f"; {_gradient(values, known.kind, layers)}; embeddings, final norm and head get {shown.split(', ')[0]} there"
     yield Note("info", row.line, text)
-    if row.filter is not None and re.search(r"\d$", row.filter):
+    number = re.search(r"(^|\.)(\d{1,3})$", row.filter or "")
+    if number and int(number[2]) < _TENFOLD:
         yield Note("warning", row.line, f"a filter is a piece of the name: {row.filter!r} also hits {row.filter + '0'!r} and the "
                                         f"like. End it with a dot: {row.filter + '.'!r}")
     if row.filter is not None and re.search(r"[*?^$|\\\[]", row.filter):
@@ -164,25 +169,39 @@ def _missing(document: Document, name: str, known: Parameter) -> Iterator[Note]:
 def _models(document: Document) -> Iterator[Note]:
     base = document.base.text if document.base else ""
     if document.base:
-        yield Note("info", document.base.line, f"{base} is the base: changes are measured from it; it gives tokenizer and config")
+        gives = "it gives the config" if document.tokenizer and document.tokenizer.source not in ("base", base) else \
+            "it gives tokenizer and config"
+        yield Note("info", document.base.line, f"{base} is the base: {_role(document)}{gives}")
     for source in (source for group in document.groups for source in group):
         layers = f", layers {source.layers[0]} to {source.layers[1] - 1}" if source.layers else ""
         yield Note("info", source.line, f"{source.model.text}{layers}" + (": the base itself" if source.model.text == base else ""))
+
+
+def _role(document: Document) -> str:
+    """What a method does with its base."""
+    if document.method in ("slerp", "nearswap", "arcee_fusion"):
+        return "one of the two models; "
+    return "" if document.method in FORMS and FORMS[document.method].base == "ignored" else "changes are measured from it; "
 
 
 def _numbers(document: Document) -> Iterator[Note]:
     line = document.lines.get("dtype", 0)
     if document.dtype == "int64":
         yield Note("error", line, "dtype int64 would cut every weight to a whole number")
-    elif document.dtype in ("bfloat16", "float16"):
+    elif document.dtype in ("bfloat16", "float16") and not _copies(document):
         yield Note("warning", line, f"mergekit rounds the weights to {document.dtype} before the arithmetic (an average of three "
                                     "models then mis-rounds about a quarter of the numbers); here the arithmetic is float32, "
                                     "rounded once at the end")
-    elif document.dtype:
+    elif document.dtype and not _copies(document):
         yield Note("info", line, f"arithmetic in {document.dtype}{'; here it is float32' * (document.dtype == 'float64')}")
     stored = document.out_dtype or document.dtype
     if stored:
         yield Note("info", document.lines.get("out_dtype", line), f"the result is stored as {stored}")
+
+
+def _copies(document: Document) -> bool:
+    """Whether tensors are only copied, so that no arithmetic rounds."""
+    return document.method == "passthrough" and not any(True for _ in settings(document, "scale"))
 
 
 def _words(document: Document) -> Iterator[Note]:
@@ -196,8 +215,10 @@ def _words(document: Document) -> Iterator[Note]:
             yield Note("warning", line, "pad_to_multiple_of is not carried over: rows that the pivot has stay as they are")
     if document.chat_template:
         line, template = document.lines["chat_template"], document.chat_template
-        if template == "auto":
+        if template == "auto" and len(document.references) > 1:
             yield Note("warning", line, "chat_template auto: mergekit takes the one that most models have; here it is the donor's")
+        elif template == "auto":
+            yield Note("info", line, "chat_template auto: the model's own")
         elif template in TEMPLATES or (len(template) >= 20 and "{" in template):
             yield Note("warning", line, "the chat template is not carried over: the donor's is written. Change chat_template.jinja "
                                         "in the result")

@@ -15,9 +15,9 @@ from fusion.mergekit.catalogue import DTYPES, FORMS, OTHERS
 from fusion.mergekit.document import Document, Note, Parameters, Reference, Row, Scalar, Slice, Source, Tokenizer
 
 MAX_CHARACTERS, MAX_NODES = 4_000_000, 200_000
-_TOP = ("models", "slices", "modules", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
+TOP = ("models", "slices", "modules", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
         "tokenizer", "chat_template", "name")
-_THEIRS = {*_TOP, "experts", "gate_mode"} - {"name", "dtype", "slices"}  # these three a recipe has too
+_THEIRS = {*TOP, "experts", "gate_mode"} - {"name", "dtype", "slices"}  # these three a recipe has too
 _OURS = {"pivot", "targets", "method", "weights", "options", "overrides", "exclude", "granularity", "measure", "vocabulary",
          "donor", "seed", "revisions", "result"}
 _MERGE, _DEEPEST = "tag:yaml.org,2002:merge", 50
@@ -113,7 +113,7 @@ class _Reader:
             return Document(_line(root))
 
     def _document(self, root) -> Document:
-        table = self.table(root, "the file", _TOP)
+        table = self.table(root, "the file", TOP)
         given = [key for key in ("models", "slices", "modules") if key in table and not _empty(table[key])]
         whole = _kind(root) == "mapping"
         if whole and len(given) != 1:
@@ -195,6 +195,8 @@ class _Reader:
         close = difflib.get_close_matches(name, sorted(_PARAMETERS), n=1, cutoff=0.8) if "parameters" in known else []
         if name in close:
             todo = "It belongs under `parameters:`."
+        elif name == "revision" and "model" in known:
+            todo = "Write it behind the model: path@revision."
         elif name == "layer_range" and "model" in known:
             todo = "Layer ranges belong to `slices:`; under `models:` every layer is merged."
         else:

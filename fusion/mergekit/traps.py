@@ -93,17 +93,22 @@ def _small_changes(document: Document, form: Form) -> Iterator[Note]:
         yield Note("warning", _line(document),
             "mergekit's sce weighs all models alike as soon as their changes are small (mean squares that sum to less than "
             "1e-6, as after a light fine-tune); the paper's weights follow the changes at any size")
-    if document.method.startswith("breadcrumbs"):
+    if document.method.startswith("breadcrumbs") and _drops(document):
         yield Note("warning", _line(document),
             "mergekit up to 0.1.4 drops every change of a tensor when gamma × its elements is below 1 (norms; at gamma 0 every "
             "tensor); here only the largest share gamma is dropped")
 
 
 def _random(document: Document, form: Form) -> Iterator[Note]:
-    if form.random or document.method == "arcee_fusion":
+    if (form.random and _drops(document)) or document.method == "arcee_fusion":
         what = "draws at random" if form.random else "samples its quantiles on tensors above a million elements"
         yield Note("warning", _line(document),
             f"{document.method} {what}, and a mergekit file holds no seed: two runs differ. Here the recipe's seed decides")
+
+
+def _drops(document: Document) -> bool:
+    """Whether some density is below 1, which is what all methods take where none is given."""
+    return any(value < 1 for row in settings(document, "density") for value in _numbers(row))
 
 
 def _shares(document: Document, form: Form) -> Iterator[Note]:
@@ -131,7 +136,7 @@ def _without_effect(document: Document, form: Form) -> Iterator[Note]:
 
 
 def _della(document: Document, form: Form) -> Iterator[Note]:
-    if "epsilon" not in form.parameters:
+    if "epsilon" not in form.parameters or not _drops(document):
         return
     yield Note("warning", _line(document), "mergekit's della stops at tensors with a single column; here they are merged")
     spread = max([value for row in settings(document, "epsilon") for value in _numbers(row)], default=0.15)
@@ -153,9 +158,10 @@ def _ranges(document: Document, form: Form) -> Iterator[Note]:
 def _donor(document: Document, form: Form) -> Iterator[Note]:
     references = document.references
     if document.base is None and len(references) > 1:
+        what = "tokenizer, chat template and config" if document.tokenizer is None else "its config"
         yield Note("warning", _line(document),
-            "without base_model mergekit takes tokenizer, chat template and config from one of the models, another one each "
-            f"run; here from the first, {references[0].text}")
+            f"without base_model mergekit takes {what} from one of the models, another one each run; here from the first, "
+            f"{references[0].text}")
 
 
 def _tokenizer(document: Document, form: Form) -> Iterator[Note]:
@@ -168,6 +174,10 @@ def _tokenizer(document: Document, form: Form) -> Iterator[Note]:
     yield Note("warning", line,
         "with a tokenizer setting mergekit cuts embeddings to the number of tokens, so padded rows are trimmed; here they are "
         "kept where the vocabulary stays the pivot's")
+    if document.tokenizer.source == "union" and document.base is None and len(document.references) > 2:
+        yield Note("warning", line,
+            "without base_model mergekit gives a model that lacks a token the mean of those that have it; here it has the row of "
+            f"{document.references[0].text}, where that has the token")
     if document.tokenizer.source == "base" and document.base is None:
         yield Note("warning", line, "there is no base_model whose tokenizer could be taken; here it is the first model's")
 
