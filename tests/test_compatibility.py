@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from fusion.__main__ import main
 from fusion.checkpoint import Checkpoint
 from fusion.inspection import inspect, preview
 from fusion.merge import merge
@@ -24,6 +25,7 @@ from tests.conftest import load_tensors, save_checkpoint, save_family
 from tests.test_vocabulary import byte_level
 
 EMBED, UP, HEAD = "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"
+TIED = {"drop": (HEAD,), "tie_word_embeddings": True}
 
 
 def model(folder: Path, words: tuple[str, ...] = ("ab",), marks: tuple[str, ...] = ("<end>",), number: float = 0, rows: int = 0,
@@ -99,6 +101,13 @@ def test_tables_that_differ_in_their_rows_lead_to_the_vocabulary(tmp_path, pivot
         assert finish(verify(merged.folder)).equal
 
 
+def test_a_preflight_can_be_asked_with_the_vocabulary(tmp_path, capsys):
+    folders = [str(model(tmp_path / "p", **TIED)), str(model(tmp_path / "t", marks=("<end>", "<turn>")))]
+    assert main(["preflight", *folders]) == 2 and main(["preflight", *folders, "--vocabulary", "union"]) == 0
+    assert main(["preflight", *folders, "--vocabulary", "unoin"]) == 2
+    assert "Did you mean 'union'" in capsys.readouterr().err
+
+
 def test_other_rows_without_a_tokenizer_say_what_is_missing_first(tmp_path):
     said = bad(model(tmp_path / "p"), model(tmp_path / "t", rows=320, tokenizer=False))
     assert "t has no tokenizer.json" in said and "save_pretrained" in said and "fusion" not in said
@@ -137,8 +146,6 @@ def test_tokens_beyond_the_last_row_are_told_and_stop_nothing(tmp_path, side):
 
 
 # ── heads ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-TIED = {"drop": (HEAD,), "tie_word_embeddings": True}
 
 
 @pytest.mark.parametrize("method", ["linear", "varm", "ties"])

@@ -11,7 +11,9 @@ from fusion.progress import finish
 from fusion.recipe import Recipe
 from fusion.sources import open_checkpoint, peek
 from fusion.tables import bytes_text, table
+from fusion.untied import side_by_side
 from fusion.variation import measure
+from fusion.vocabulary import unify
 
 
 def add(command) -> None:
@@ -19,6 +21,7 @@ def add(command) -> None:
     check = command("preflight", _preflight, "Say from headers alone whether models can be merged, and what it costs.")
     models(check)
     check.add_argument("--out", metavar="DIR", help="also check that this folder can be written")
+    check.add_argument("--vocabulary", metavar="V", default="", help="as for merge: pivot, common or union")
     report = command("variation", _variation, "Measure how far every matrix of every target moved from the pivot.")
     models(report)
     weighing(report)
@@ -26,6 +29,8 @@ def add(command) -> None:
 
 def _preflight(options: argparse.Namespace) -> None:
     pivot, targets = open_models(options, peek)
+    if options.vocabulary:
+        pivot, targets, _ = unify(*side_by_side(pivot, targets), options.vocabulary)
     report = preflight(pivot, targets, out=options.out)
     if options.json:
         print_json(report.to_dict())
