@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def main() -> None:
     chosen = options()
     public = is_public(chosen)
     budget = int(chosen.memory_gb * 1e9) if chosen.memory_gb else None
-    page = build(Studio(chosen.models, chosen.outputs, public=public, budget_bytes=budget))
+    studio = Studio(chosen.models, chosen.outputs, public=public, budget_bytes=budget)
+    if studio.nothing:
+        print(f"--models {chosen.models}: {studio.nothing}", file=sys.stderr)
+    page = build(studio)
     page.queue(max_size=64, default_concurrency_limit=8)
     page.launch(server_name=chosen.host, server_port=chosen.port, theme=theme(), css=css(), head=HEAD, footer_links=["api"],
                 run_history=False, enable_monitoring=False, max_file_size="1mb", ssr_mode=False, show_error=False,

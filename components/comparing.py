@@ -74,9 +74,9 @@ def compared(studio: Studio, one: str | None, other: str | None, now: Selection)
 def _compared(studio: Studio, one: str, other: str, now: Selection) -> Work[str]:
     in_memory, titles = {merge.key for merge in now.merges}, (studio.title(one), studio.title(other))
     if in_memory.isdisjoint((one, other)):
-        report = yield from compare(studio.folder(one), studio.folder(other))
+        report = yield from compare(studio.ref(one), studio.ref(other))
         return comparison_html(report, titles, lambda value: _plain(studio, value))
-    recipes = [(studio.merge_recipe(key),) if key in in_memory else recipe_of(studio.folder(key)) for key in (one, other)]
+    recipes = [(studio.merge_recipe(key),) if key in in_memory else recipe_of(Path(studio.ref(key))) for key in (one, other)]
     if not all(recipes):
         raise RecipeError(f"{titles[recipes.index(())]} has no recipe, and the other one is in memory", where="Compare",
                           todo="Save the merge to compare its matrices.")

@@ -42,6 +42,8 @@ def build(studio: Studio, selection: gr.State) -> ModelsTab:
                                   label="Targets", elem_id="targets", info="One to four fine-tunes of the pivot, to be merged.")
             sources = gr.Dropdown(_choices(studio), value=list(first.sources), multiselect=True, max_choices=8, label="Sources",
                                   elem_id="sources", info="Models of any architecture to chat with beside the merge.")
+            if studio.nothing:
+                gr.HTML(note("warning", studio.nothing), elem_id="no-models", padding=False)
             add = None if studio.public else _folder_box()
         with gr.Column(scale=7, min_width=300):
             table = gr.HTML(verdict(studio, first), elem_id="preflight", padding=False)
@@ -54,7 +56,7 @@ def build(studio: Studio, selection: gr.State) -> ModelsTab:
 def _folder_box() -> tuple[gr.Textbox, gr.Button]:
     with gr.Accordion("Open a folder on this machine", open=False, elem_id="open-folder"):
         path = gr.Textbox(label="Checkpoint folder", placeholder="/models/my-fine-tune", elem_id="folder-path",
-                          info="Holds config.json, tokenizer and safetensors weights.")
+                          info="A model, an adapter, or BASE+ADAPTER.")
         return path, gr.Button("Add to the menus", size="sm", elem_id="folder-add")
 
 

@@ -11,11 +11,12 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from components.folders import cached_name, models_in, nothing_in
 from components.jobs import Jobs
 from components.state import MAX_TARGETS, MergeRef, Selection, Settings
 from fusion import (
@@ -34,30 +35,39 @@ from fusion import (
     measure,
     preflight,
 )
+from fusion.adapter_settings import is_adapter, wanted_base
 from fusion.errors import nearest
 from fusion.live import LiveMerge, LiveResult, chat_model
 from fusion.preflight import mergeable_names
 from fusion.progress import Work, finish
 from fusion.recipe import Slice, short_names
-from fusion.sources import written
+from fusion.sources import open_checkpoint, written
 from fusion.tables import bytes_text
 from fusion.weights import matching
 
 _OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MEASURED = 16  # reports kept; each is a few numbers per tensor
-_DEPTHS = ("*", "*/*", "*/targets/*")  # where checkpoints lie in a folder; the last are of fusion runs
 _REMEMBERED = 512  # recipes of merges in memory
 _AUTO_BYTES = 3_000_000_000  # families up to this size are measured as soon as they are chosen
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the catalogue: key, the title people see, its folder, and its role in a known family ("" = any)."""
+    """A model of the catalogue: key, the title people see, its folder, its role in a known family ("" = any), and an adapter.
+
+    Folders are absolute, so that no reader takes them for anything else.
+    """
 
     key: str
     title: str
-    folder: Path  # absolute, so that no reader takes it for anything but a folder
+    folder: Path
     role: str = ""
+    adapter: Path | None = None
+
+    @property
+    def ref(self) -> str:
+        """The model as `open_checkpoint` takes it."""
+        return f"{self.folder}+{self.adapter}" if self.adapter else str(self.folder)
 
 
 class Studio:
@@ -81,6 +91,7 @@ class Studio:
         for member in demo.FAMILY:
             if (family / member.name).is_dir():
                 self._add(Entry(f"demo/{member.name}", member.title, family / member.name, member.role))
+        self.nothing = nothing_in(models) if models else ""  # what is wrong with the folder of models, in words
         self._scan(models, "models")
         self._scan(outputs, "outputs")
 
@@ -120,12 +131,36 @@ class Studio:
         """Offer a folder that the operator typed; refused on a public page."""
         if self.public:
             raise RecipeError("folders cannot be opened on a public page", todo="Run the app on your own machine.")
-        folder = Path(path.strip()).expanduser()
-        if not path.strip() or len(path) > 1000:
+        if not isinstance(path, str) or not path.strip() or len(path) > 1000 or "\0" in path:
             raise RecipeError("no folder was given", todo="Type the folder of a transformers checkpoint.")
-        Checkpoint(folder).close()
-        known = next((entry for entry in self.entries() if entry.folder.resolve() == folder.resolve()), None)
-        return known or self._add(Entry(self._free_key(f"local/{folder.resolve().name}"), folder.resolve().name, folder))
+        opened = self._typed(os.path.expanduser(path.strip()))
+        open_checkpoint(opened.ref, opened.title).close()
+        known = next((entry for entry in self.entries() if _same(entry, opened)), None)
+        return known or self._add(replace(opened, key=self._free_key(f"local/{opened.title}")))
+
+    def _typed(self, text: str) -> Entry:
+        """What the operator typed: a folder, BASE+ADAPTER, or an adapter's folder, whose base is looked for on this machine."""
+        base, plus, adapter = text.rpartition("+")
+        if not plus or os.path.isdir(text):
+            base, adapter = (text, "") if not is_adapter(Path(text)) else (self._base_of(Path(text)), text)
+        folder = Path(os.path.abspath(base))
+        title = cached_name(folder) or folder.resolve().name
+        if not adapter:
+            return Entry("", title, folder)
+        named = next((entry.title for entry in self.entries() if _same(entry, Entry("", "", folder))), title)
+        return Entry("", f"{named}+{Path(adapter).resolve().name}", folder, adapter=Path(os.path.abspath(adapter)))
+
+    def _base_of(self, adapter: Path) -> str:
+        """The folder of the base that an adapter names: beside it, below where the app runs, or in the catalogue."""
+        wanted = wanted_base(adapter)
+        places = [Path(wanted).expanduser(), adapter / wanted, adapter.parent / wanted] if wanted else []
+        named = [entry.folder for entry in self.entries() if wanted and not entry.adapter and wanted in (entry.title, entry.key)]
+        found = next((place for place in (*places, *named) if (place / "config.json").is_file()), None)
+        if found is None:
+            said = f"made for {wanted}, which is not on this machine" if wanted else "and does not say for which model"
+            raise RecipeError(f"this folder holds an adapter, {said}", where=adapter.name,
+                              todo="Type BASE+ADAPTER, two folders with a plus between them.")
+        return str(found)
 
     def named(self, path: str) -> Entry:
         """The model that a text from outside names by its folder; RecipeError when this page does not offer it.
@@ -134,7 +169,7 @@ class Studio:
         """
         wanted = os.path.abspath(path) if "\0" not in path else ""
         known = next((entry for entry in self.entries()
-                      if wanted in (os.path.abspath(entry.folder), str(entry.folder.resolve()))), None)
+                      if path in _ways(entry) or (not entry.adapter and wanted in _places(entry.folder))), None)
         if known is None and self.public:
             raise RecipeError(f"this page does not offer {path[:200]!r}", where="recipe", todo="Run the app on your own machine.")
         return known or self.add_folder(path)
@@ -148,25 +183,31 @@ class Studio:
         entry = self.entry(key)
         self.folder(key)
         try:
-            return Checkpoint(entry.folder, entry.title)
+            return open_checkpoint(entry.ref, entry.title)
         except CheckpointError as error:  # a stranger learns the title, not the path
-            found = error.found.replace(str(entry.folder), entry.title)
-            raise CheckpointError(found, where=entry.title, todo=error.todo) from error
+            found, todo = (said and said.replace(str(entry.folder), entry.title) for said in (error.found, error.todo))
+            raise CheckpointError(found, where=entry.title, todo=todo) from error
 
     def folder(self, key: str) -> Path:
         """The folder of a key; CheckpointError when it was removed since it came into the menus."""
         entry = self.entry(key)
-        if not entry.folder.is_dir():
+        if not entry.folder.is_dir() or (entry.adapter and not entry.adapter.is_dir()):
             raise CheckpointError("its folder was removed", where=entry.title, todo="Pick another model.")
         return entry.folder
 
     def folder_name(self, key: str) -> str:
         """A model's folder as recipes and commands name it, never to be taken for a model of the Hub."""
-        return written(shown_folder(self.folder(key)))
+        self.folder(key)
+        return written(_shown(self.entry(key)))
+
+    def ref(self, key: str) -> str:
+        """The model of a key as `open_checkpoint` takes it."""
+        self.folder(key)
+        return self.entry(key).ref
 
     def by_title(self, text: str) -> str:
         """A text with the folders of the catalogue called by their titles, however it writes them."""
-        ways = {way: entry.title for entry in self.entries() for way in _ways(entry.folder)}
+        ways = {way: entry.title for entry in self.entries() for way in _ways(entry)}
         for way in sorted(ways, key=len, reverse=True):  # a folder's name may begin another's
             text = text.replace(way, ways[way])
         return text
@@ -187,9 +228,8 @@ class Studio:
     def _scan(self, folder: Path | None, prefix: str) -> None:
         if folder is None or not folder.is_dir():
             return
-        for config in sorted(config for depth in _DEPTHS for config in folder.glob(f"{depth}/config.json")):
-            if not any(part.startswith(".") for part in config.relative_to(folder).parts):
-                self._add(_found(prefix, folder, config.parent))
+        for found in models_in(folder):
+            self._add(Entry(f"{prefix}/{found.name}", found.name.replace("/targets/", "/"), found.folder))
 
     # ── selection → recipe → numbers ─────────────────────────────────────────────────────────────────────────────────
 
@@ -292,10 +332,14 @@ class Studio:
         if any(merge.key == key for merge in selection.merges) and key in self._recipes:
             loader, nbytes = partial(self._again, key), 0
         else:
-            entry = self.entry(key)
-            loader, nbytes = partial(chat.load, self.folder(key), entry.title), chat.expected_bytes(entry.folder)
+            with closing(self.checkpoint(key)) as checkpoint:
+                loader, nbytes = partial(self._load, key), chat.expected_bytes(checkpoint)
         with self.pool.lease(key, loader, nbytes) as model:
             yield model
+
+    def _load(self, key: str) -> chat.ChatModel:
+        with closing(self.checkpoint(key)) as checkpoint:
+            return chat.load(checkpoint, self.title(key))
 
     def _again(self, key: str) -> chat.ChatModel:
         recipe, title = self._recipes[key]
@@ -343,10 +387,24 @@ def default_budget() -> int:
         return 4_000_000_000
 
 
-def _ways(folder: Path) -> list[str]:
-    """How a folder is written in recipes and errors."""
-    shown = shown_folder(folder)
-    return [str(folder), str(folder.resolve()), *([shown, f"./{shown}"] if "/" in shown else [])]
+def _ways(entry: Entry) -> list[str]:
+    """How a model is written in recipes and errors."""
+    shown = _shown(entry)
+    resolved = "+".join(str(folder.resolve()) for folder in (entry.folder, entry.adapter) if folder)
+    return [entry.ref, resolved, *([shown, f"./{shown}", written(shown)] if "/" in shown else [])]
+
+
+def _shown(entry: Entry) -> str:
+    return "+".join(shown_folder(folder) for folder in (entry.folder, entry.adapter) if folder)
+
+
+def _places(folder: Path) -> tuple[str, str]:
+    return os.path.abspath(folder), str(folder.resolve())
+
+
+def _same(one: Entry, other: Entry) -> bool:
+    """Whether two entries are the same folders."""
+    return all((a and a.resolve()) == (b and b.resolve()) for a, b in ((one.folder, other.folder), (one.adapter, other.adapter)))
 
 
 def shown_folder(folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -114,11 +114,11 @@ def _template(tokenizer: Any, name: str) -> ChatTemplate | None:
     return ChatTemplate(tokenizer, text, where=name) if text else None
 
 
-def expected_bytes(folder: str | Path) -> int:
+def expected_bytes(model: Checkpoint | str | Path) -> int:
     """Memory that `load` will take, in bytes, from the file headers alone; raises CheckpointError."""
     import torch
 
-    with closing(_open(Path(folder), None)) as checkpoint:
+    with nullcontext(model) if isinstance(model, Checkpoint) else closing(_open(Path(model), None)) as checkpoint:
         return checkpoint.nbytes if torch.cuda.is_available() else sum(4 * tensor.numel for tensor in checkpoint.info.values())
 
 
