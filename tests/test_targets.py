@@ -269,6 +269,8 @@ def test_every_character_of_a_reply_is_counted_once(teachers):
 def test_unknown_words_are_refused():
     with pytest.raises(RecipeError, match="mince"):
         Blend(rule="minse").check()
+    with pytest.raises(RecipeError, match=r"unknown tail 'buckets'.*bucket"):
+        Blend(tail="buckets").check()
 
 
 def test_a_teacher_that_cannot_be_loaded_is_named(tmp_path):
