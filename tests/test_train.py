@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM
 from fusion import Checkpoint, FusionError, OutputError, RecipeError
 from fusion.distill.fused import Example
 from fusion.progress import finish
+from fusion.sources import open_checkpoint
 from fusion.train import Estimate, Training, estimate, history
 from fusion.train.history import append, earlier, unfinished_work
 from fusion.train.packing import pack
 from fusion.train.rows import ByLength, Collator
 from fusion.train.trainer import train
 from tests.conftest import load_tensors, save_checkpoint, save_family
+from tests.test_adapters import pair, save_adapter
 
 FAST = Training(learning_rate=1e-3, batch=2, accumulate=1, max_steps=3, schedule="constant", warmup=0.0)
 
@@ -187,6 +189,18 @@ def test_an_adapter_is_added_to_the_stored_base_whatever_it_was_trained_on(pivot
             assert not moved.any(), name
     rounded = before["model.layers.0.mlp.up_proj.weight"].bfloat16().float()
     assert (rounded - before["model.layers.0.mlp.up_proj.weight"]).abs().max() > 1e-4  # a rounded base would be seen
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_pivot_may_be_a_base_with_an_adapter(pivot, tmp_path, lora_rank):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    lora = save_adapter(tmp_path / "lora", pair(name, np.ones((1, 32), np.float32), np.ones((32, 1), np.float32)))
+    began = open_checkpoint(f"{pivot}+{lora}")
+    gentle = Training(**{**vars(FAST), "lora_rank": lora_rank, "learning_rate": 1e-7, "max_steps": 1})
+    after = Checkpoint(finish(train(began.origin, examples(), tmp_path / "out", gentle)).folder)
+    assert (began[name] - Checkpoint(pivot)[name]).min() > 1 and set(after) == set(began)
+    assert all(np.allclose(after[one], began[one], atol=1e-5) for one in began)
+    assert after.vocabulary == began.vocabulary and after.chat_template == began.chat_template
 
 
 def test_refusals(pivot, tmp_path):

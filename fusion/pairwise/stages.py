@@ -20,8 +20,7 @@ from fusion.distill.fused import STATISTICS_FILE, FusedData, Knower, build
 from fusion.distill.server import ServerTeacher
 from fusion.distill.store import PLAN_FILE, Store, write_whole
 from fusion.distill.teacher import LoadedTeacher, LocalTeacher, Teacher, prepare, represent
-from fusion.errors import FusionError, MismatchError
-from fusion.loading import stored_as_read
+from fusion.errors import FusionError
 from fusion.merge import merge
 from fusion.pairwise.cards import mass_note, run_card, target_card
 from fusion.pairwise.data import prepare_dialogues, stored_dialogues
@@ -199,13 +198,8 @@ def _trained(target: str, fused: FusedData, recipe: FuseRecipe, place: Place) ->
         Checkpoint(folder).close()
         yield Progress(Stage("training", target).title, note="already there")
         return folder
-    checkpoint = open_checkpoint(recipe.pivot)
-    checkpoint.close()
-    if not stored_as_read(checkpoint):
-        raise MismatchError("the pivot is not stored as it is read (an adapter, or converted weights)", where=recipe.pivot,
-                            todo="Write it to a folder first: python -m fusion merge with it as the only target.")
     training = replace(recipe.training, lm_weight=1.0) if recipe.mode == "sft" else recipe.training
-    work = train(checkpoint.folder, fused, folder, training, resume=True)
+    work = train(recipe.pivot, fused, folder, training, resume=True)
     result = yield from _labelled(work, Stage("training", target).title)
     return result.folder
 

@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, Trainer
 
-from fusion.checkpoint import Checkpoint
 from fusion.errors import OutputError
-from fusion.loading import checkpoint_dtype, load_model, tokenizer_in
+from fusion.loading import checkpoint_dtype, load_model, tokenizer_of
+from fusion.sources import open_checkpoint
 from fusion.train.crew import as_one
 from fusion.train.history import HISTORY_FILE
 
 _DONE = "whole"  # a file in a checkpoint that every process has finished
 
 
-def save(trainer: Trainer, pivot: Path, work: Path, out: Path, curve: list[dict]) -> None:
+def save(trainer: Trainer, pivot: str, work: Path, out: Path, curve: list[dict]) -> None:
     """Write what `trainer` has learnt into the new folder `out`; to be called by every process.
 
     Under FSDP and ZeRO-3 every process holds a piece, so all of them gather; the first writes, in the pivot's stored dtype. A
@@ -48,9 +48,9 @@ def _let_go(trainer: Trainer) -> None:
     trainer.accelerator.free_memory()
 
 
-def _taken_in(pivot: Path, state: Mapping[str, torch.Tensor], adapters: Mapping) -> PreTrainedModel:
+def _taken_in(pivot: str, state: Mapping[str, torch.Tensor], adapters: Mapping) -> PreTrainedModel:
     """The stored pivot with the trained numbers in it, rounded once to its dtype; `state` has the adapter's alone or all."""
-    with contextlib.closing(Checkpoint(pivot)) as checkpoint:
+    with contextlib.closing(open_checkpoint(pivot)) as checkpoint:
         model = load_model(checkpoint, checkpoint_dtype(checkpoint))
     if not adapters:
         model.load_state_dict(state)
@@ -63,10 +63,11 @@ def _taken_in(pivot: Path, state: Mapping[str, torch.Tensor], adapters: Mapping)
     return model.merge_and_unload()
 
 
-def _write(model: PreTrainedModel, pivot: Path, folder: Path, curve: list[dict]) -> None:
+def _write(model: PreTrainedModel, pivot: str, folder: Path, curve: list[dict]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
-    tokenizer_in(pivot, pivot.name).save_pretrained(folder)
+    with contextlib.closing(open_checkpoint(pivot)) as checkpoint:
+        tokenizer_of(checkpoint).save_pretrained(folder)
     (folder / HISTORY_FILE).write_text(json.dumps(curve, indent=1), encoding="utf-8")
 
 

@@ -22,13 +22,13 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from fusion.checkpoint import Checkpoint
 from fusion.distill.fused import Example
 from fusion.distill.heads import Head
 from fusion.distill.losses import fusion_loss
 from fusion.errors import FusionError, OutputError, RecipeError, Stopped
 from fusion.loading import load_model
 from fusion.progress import Progress, Work
+from fusion.sources import open_checkpoint
 from fusion.train.crew import PATIENCE, Crew
 from fusion.train.history import append, earlier, unfinished_work
 from fusion.train.packing import refuse_leaks
@@ -53,6 +53,7 @@ def train(pivot: str | os.PathLike, examples: Sequence[Example], out: str | os.P
           *, resume: bool = False) -> Work[TrainResult]:
     """Fine-tune a copy of the pivot on the examples into the new folder `out`; yields Progress with the loss.
 
+    `pivot` is whatever `open_checkpoint` opens: a folder, a model of the Hub, either with an adapter in it.
     The folder appears whole or not at all. Unfinished work lies in a hidden sibling; `resume` continues from its last saved
     step, otherwise it is begun anew. Closing the generator stops after the running step and keeps what `resume` needs.
     Raises FusionError when the loss becomes NaN or infinite, OutputError when the folder exists.
@@ -94,7 +95,7 @@ def train(pivot: str | os.PathLike, examples: Sequence[Example], out: str | os.P
         raise FusionError(watch.failed, where=str(out.name), todo="Lower the learning rate, or train with lm_weight 1 first.")
     if watch.stopped:
         raise Stopped("stopped", where=out.name)
-    save(trainer, Path(pivot), work, out, watch.history)
+    save(trainer, os.fspath(pivot), work, out, watch.history)
     return TrainResult(out, tuple(watch.history))
 
 
@@ -113,7 +114,7 @@ def _begin(work: Path, training: Training, count: int, resume: bool) -> None:
 def _trainer(pivot: str | os.PathLike, examples: Sequence[Example], work: Path,
              training: Training) -> tuple[FusionTrainer, _Watch]:
     set_seed(training.seed)
-    with closing(Checkpoint(pivot)) as checkpoint:
+    with closing(open_checkpoint(pivot)) as checkpoint:
         model = load_model(checkpoint, training.dtype)
     model.config.use_cache = False
     _answer_at_labels(model)
