@@ -20,6 +20,7 @@ from fusion.progress import finish
 from fusion.recipe import Override, Recipe
 from fusion.variation import MEASURES, measure
 from tests.conftest import save_checkpoint, snapshot
+from tests.test_adapters import pair, save_adapter
 
 ROOT = Path(__file__).parent.parent
 UP, HEAD = "model.layers.0.mlp.up_proj.weight", "lm_head.weight"
@@ -56,6 +57,15 @@ def test_preflight_says_in_words_and_in_json_what_the_library_says(run, folders)
     pivot, *targets = map(Checkpoint, folders)
     expected = preflight(pivot, targets).to_dict()
     assert status == 0 and {**strict(out), "free_disk_bytes": 0} == {**json.loads(json.dumps(expected)), "free_disk_bytes": 0}
+
+
+@pytest.mark.parametrize("command", ["preflight", "variation", "inspect"])
+def test_a_base_with_an_adapter_is_named_as_any_model(run, folders, tmp_path, command):
+    lora = save_adapter(tmp_path / "lora", pair(UP, np.ones((1, 4), np.float32), np.ones((2, 1), np.float32)))
+    status, out, err = run(command, folders[0], f"{folders[0]}+{lora}", "--json")
+    assert (status, err) == (0, "")
+    if command == "variation":
+        assert {row["tensor"]: row["variation"] for row in strict(out)["tensors"]} == {UP: 4.0, HEAD: 0.0}  # (2 ÷ 1 · 1)²
 
 
 @pytest.mark.parametrize("json_too", [(), ("--json",)])
