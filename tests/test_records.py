@@ -111,7 +111,8 @@ configs:
 @pytest.fixture
 def clone(tmp_path):
     """A clone of a Hub dataset whose card names subsets and splits."""
-    for name in ("english/part-1.jsonl", "english/part-2.jsonl", "english/held/deep/a.jsonl", "german.jsonl", "other.jsonl"):
+    for name in ("english/part-1.jsonl", "english/part-2.jsonl", "english/held/deep/a.jsonl", "german.jsonl", "other.jsonl",
+                 "english/part-3/deep.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(said(name)))
     (tmp_path / "README.md").write_text(CARD)
@@ -130,7 +131,7 @@ def test_a_card_says_which_files_are_a_split(clone):
     (clone / "README.md").write_text(CARD.replace("config_name: de", "config_name: default"))
     assert replies(clone) == ["german.jsonl"]
     (clone / "README.md").write_text("---\nconfigs: [\n---\n")  # a card that cannot be read says nothing
-    assert len(replies(clone)) == 5
+    assert len(replies(clone)) == 6
 
 
 @pytest.mark.parametrize(("names", "splits"), [

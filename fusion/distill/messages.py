@@ -82,7 +82,7 @@ def _text(content: object) -> tuple[str, str]:
 
 
 def _zero(value: object) -> bool:
-    return value is not None and (value == 0 or str(value).strip().lower() in ("0", "0.0", "false"))
+    return str(value).strip().lower() in ("0", "0.0", "false")
 
 
 def _kind(value: object) -> str:
