@@ -36,7 +36,7 @@ from fusion.review.sums import ReviewSums, Rounding, rounding_of
 from fusion.review.tokens import RoundTrip, round_trips
 from fusion.slices import is_lent
 from fusion.sources import open_checkpoint
-from fusion.untied import side_by_side
+from fusion.untied import Untied, side_by_side
 
 __all__ = ["PROMPTS", "Answer", "Review", "RoundTrip", "answered", "ask_model", "review", "review_live"]
 
@@ -111,6 +111,7 @@ def _report(folder: Path, result: Checkpoint, parents: Sequence[Checkpoint], pla
     numel = np.array([result.info[name].numel for name in names], np.int64)
     compared = set(names)
     pivot = parents[0] if plan is None else plan.sources["pivot"]  # as it is, without the result's layers and vocabulary
+    pivot = pivot.model if isinstance(pivot, Untied) else pivot
     return Review(
         folder=folder, name=result.name, parents=tuple(model.name for model in parents), names=tuple(names),
         shapes=tuple(result.info[name].shape for name in names), numel=numel, parts=parts,

@@ -115,7 +115,8 @@ def _size(report: Review) -> Iterator[tuple]:
     if before == after:
         yield "good", "parameters", f"{after:,} parameters, as many as the pivot."
     else:
-        why = "as its layers or its vocabulary were changed" if report.reshaped else "and nothing in the recipe says why"
+        why = "as its layers or its vocabulary were changed" if report.reshaped else \
+            "as it has a head of its own" if report.tied == (True, False) else "and nothing in the recipe says why"
         yield "good" if report.reshaped else "warning", "parameters", f"{after:,} parameters; the pivot has {before:,}, {why}."
     said = {True: "tied to the embedding", False: "a matrix of its own"}
     if report.tied[0] == report.tied[1]:
