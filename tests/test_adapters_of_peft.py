@@ -82,7 +82,8 @@ RIGHT = {
     "experts trained": ("mixtral", {}, {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
     "a model that sees": ("gemma3", {}, {"target_modules": r".*language_model.*\.(q_proj|down_proj)"}),
     "patterns that begin with the name in memory": ("gemma3", {}, {
-        "target_modules": r".*language_model.*\.q_proj", "alpha_pattern": {r"^model\.language_model\.layers\.1\.self_attn": 64}}),
+        "target_modules": r".*language_model.*\.q_proj",
+        "alpha_pattern": {r"^model\.language_model\.layers\.1\.self_attn\.q_proj": 64}}),
 }
 
 
