@@ -6,7 +6,9 @@ All else is the product's own training and saving. Beside each result lie the pa
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -15,10 +17,15 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, ShardingStrategy, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers.integrations.fsdp import is_fsdp_enabled
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fusion.distill import heads
+from fusion.pairwise import FuseRecipe
+from fusion.pairwise.stages import _teacher
 from fusion.progress import finish
+from fusion.sources import open_checkpoint
+from fusion.train.crew import PATIENCE, Crew
 from fusion.train.settings import Training
 from fusion.train.trainer import train
 from tests.test_train import FAST, examples
@@ -55,9 +62,24 @@ def run(folder: Path, name: str, dtype: str) -> None:
         torch.save(kept[0], folder / f"{name}-{dtype}.pt")
 
 
+def read(folder: Path) -> None:
+    """Every process reads with whole teachers, though FSDP's launch gives weights to the first alone, and waits long enough."""
+    Crew()
+    world = torch.distributed.distributed_c10d._get_default_group()
+    assert world._get_backend(torch.device("cpu")).options._timeout == PATIENCE
+    pivot = str(folder / "float32" / "pivot")
+    with mock.patch.dict(os.environ, {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}):
+        teacher = _teacher("pivot", pivot, FuseRecipe(pivot, (pivot,), "none"), None)
+        assert is_fsdp_enabled()
+    with closing(open_checkpoint(pivot)) as checkpoint:
+        stored = {name: torch.from_numpy(checkpoint[name]) for name in checkpoint}
+    assert all(torch.equal(its, stored[name]) for name, its in teacher.model.named_parameters())
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     heads.SLICE_LOGITS = 320 * 5  # several slices a batch
+    read(Path(sys.argv[1]))
     for dtype in DTYPES:
         for name in CASES:
             run(Path(sys.argv[1]), name, dtype)

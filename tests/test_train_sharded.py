@@ -1,4 +1,4 @@
-"""Training whose parameters are spread over processes: FSDP on two of them, without a GPU."""
+"""Training whose parameters are spread over processes: FSDP on two of them, without a GPU; also whole teachers in each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def made(tmp_path_factory):
         **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "RANK": str(rank), "LOCAL_RANK": str(rank),
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in (0, 1)]
     try:
-        said = [process.communicate(timeout=240)[1] for process in crew]
+        said = [process.communicate(timeout=500)[1] for process in crew]
     finally:
         for process in crew:
             process.kill()

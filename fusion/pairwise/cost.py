@@ -149,7 +149,8 @@ class _Known:
         return handled * len(self.models) if stage.name == "data" else 3 * handled + 0.5
 
     def bytes(self, stage: Stage) -> int:
-        """The peak of a stage; reading off holds the weights, one layer of a batch, and logits of a slice three times."""
+        """The peak of a stage; reading off holds the weights, and while loading the file that they come from, afterwards one
+        layer of a batch and logits of a slice three times."""
         if stage.name == "training":
             return self.training.memory_bytes
         if stage.name != "distributions" or stage.subject in self.recipe.servers:
@@ -158,7 +159,7 @@ class _Known:
         item = 2 if self.recipe.teacher_dtype in ("bfloat16", "float16") else 4
         tokens = min(max(self.recipe.batch_tokens, max(self.lengths)), sum(self.lengths))
         logits = min(max(SLICE_LOGITS, its.vocabulary), tokens * its.vocabulary)
-        return PROGRAM_BYTES + its.parameters * item + tokens * its.width * item + 3 * logits * 4
+        return PROGRAM_BYTES + its.parameters * item + max(its.nbytes, tokens * its.width * item + 3 * logits * 4)
 
 
 def _warnings(recipe: FuseRecipe, models: Mapping[str, _Model], encoders: Mapping[str, Encoder]) -> Iterator[str]:

@@ -7,6 +7,7 @@ A run that was stopped, killed or extended by one more source does only what is 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -165,6 +166,7 @@ def _teacher(name: str, source: str, recipe: FuseRecipe, finished: Encoder | Non
         return ServerTeacher(source, served.server, served.model, template=template, max_tokens=recipe.max_tokens)
     if finished:
         return Finished(finished, open_checkpoint(source).fingerprint)
+    gc.collect()  # a model that was read before may refer to itself; the next one needs the room
     with as_one():
         return LocalTeacher(source, template=template, max_tokens=recipe.max_tokens, dtype=recipe.teacher_dtype)
 
@@ -199,6 +201,7 @@ def _trained(target: str, fused: FusedData, recipe: FuseRecipe, place: Place) ->
         yield Progress(Stage("training", target).title, note="already there")
         return folder
     training = replace(recipe.training, lm_weight=1.0) if recipe.mode == "sft" else recipe.training
+    gc.collect()
     work = train(recipe.pivot, fused, folder, training, resume=True)
     result = yield from _labelled(work, Stage("training", target).title)
     return result.folder
