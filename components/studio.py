@@ -172,7 +172,19 @@ class Studio:
                       if path in _ways(entry) or (not entry.adapter and wanted in _places(entry.folder))), None)
         if known is None and self.public:
             raise RecipeError(f"this page does not offer {path[:200]!r}", where="recipe", todo="Run the app on your own machine.")
-        return known or self.add_folder(path)
+        return known or self._add_plain(path)
+
+    def _add_plain(self, path: str) -> Entry:
+        """Offer a folder that a text on its owner's page names, if it is a whole model as it stands: no adapter, no pickle."""
+        folder = Path(os.path.abspath(os.path.expanduser(path.strip()))) if "\0" not in path else Path()
+        try:
+            if not path.strip() or is_adapter(folder):
+                raise CheckpointError("this is no folder of a whole model")
+            Checkpoint(folder).close()
+        except CheckpointError as error:
+            raise RecipeError(error.found, where=path[:200], todo="Add it to the menus in Models, under Open a folder.") from error
+        known = next((entry for entry in self.entries() if _same(entry, Entry("", "", folder))), None)
+        return known or self._add(Entry(self._free_key(f"local/{folder.resolve().name}"), folder.resolve().name, folder))
 
     def tensor_names(self, path: str) -> tuple[str, ...]:
         """What the tensors of a model are called that a text from outside names; see `named`."""
