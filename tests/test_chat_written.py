@@ -24,7 +24,7 @@ FAR = "http://203.0.113.9"  # nobody's address
 TAGS = ["<b>bold</b>", "<br>", "<input type=text>", "<!-- a comment -->", "<script>window.hacked=1</script>", "<em>x</em>",
         "<details><summary>s</summary>inside</details>", "<style>body{display:none}</style>", "<table><tr><td>cell</table>",
         "<p onclick=x>", "<custom-tag>", "</div></div>", "<form action=/x><button>go</button></form>", "<|im_end|>",
-        "<textarea>", "&lt;b&gt; & &amp;", "a < b > c", "<a href='javascript:window.hacked=2'>click</a>",
+        "<textarea>", "\\<q>", "`a\n<p>`", "&lt;b&gt; & &amp;", "a < b > c", "<a href='javascript:window.hacked=2'>click</a>",
         "[link](javascript:window.hacked=3)"]
 FETCHED = [  # every one names an address of its own, by its number
     f"<img src={FAR}/1>", f"![pic]({FAR}/2.png)", f"<video src={FAR}/3 autoplay></video>", f"<audio src={FAR}/4 autoplay></audio>",
@@ -39,6 +39,9 @@ FETCHED = [  # every one names an address of its own, by its number
     f"$$\\includegraphics{{{FAR}/formula}}$$"]
 CODE = ["```html\n<b>in a block</b>\n```", "Inline `<i>code</i>` and ``a ` <u>``.", "def f(x):\n    return x < 3",
         "```\nunclosed <p>"]
+HALF_CODE = [  # ticks that are no code in the chat window, and backslashes that would eat an entity's first letter
+    "| a `b | <u>1</u> ` |\n|---|---|\n| x `y | <u>2</u> ` |", "`a\n<div><u>3</u></div>\n`", "``a\n<!-- c -->\n<u>4</u>``",
+    "\\(`\\) <u>5</u>`", "$$\n`\n$$\n<u>6</u>`", "\\<u>7</u> \\\\<u> \\&lt;", "```<u>8</u>\nx\n```", "\\\\`<u>9`"]
 THOUGHT = "I must hide 42 here."
 
 
@@ -54,7 +57,10 @@ def test_the_letters_can_be_taken_back(text):
     ("<b> & &lt; `<b>`", "&#x0003C;b> & &#x00026;lt; `<b>`"), ("```html\n<b>\n```\n<i>", "```html\n<b>\n```\n&#x0003C;i>"),
     ("![x](http://y)", "!&#x0005B;x](http://y)"), ("[x]: http://y", "&#x0005B;x]: http://y"), ("[x](y) <http://z>", "[x](y) <http://z>"),
     ("f:\n  a", "f:\n&#x000A0;&#x000A0;a"), ("    <x>", "    <x>"), ("- a\n\n  ~~~\n  <b>\n  ~~~", "- a\n\n  ~~~\n  <b>\n  ~~~"),
-    ("| a |\n|---|\n| <b> `<c>` |", "| a |\n|---|\n| &#x0003C;b> `<c>` |"), ("\\`<b>\\`", "\\`&#x0003C;b>\\`"), ("", "")])
+    ("| a |\n|---|\n| <b> `<c>` |", "| a |\n|---|\n| &#x0003C;b> `<c>` |"), ("\\`<b>\\`", "\\`&#x0003C;b>\\`"), ("", ""),
+    ("|a|b|\n|---|---|\n|`x | <b>`|", "|a|b|\n|---|---|\n|&#x00060;x | &#x0003C;b>`|"), ("\\<b>", "&#x0005C;&#x0003C;b>"),
+    ("|a|\n|---|\n|`x \\| <b>`|", "|a|\n|---|\n|`x \\| <b>`|"), ("`a\n<p>`", "&#x00060;a\n&#x0003C;p>`"),
+    ("`a\nb<p>`", "`a\nb<p>`"), ("\\(`\\)<b>`", "\\(`\\)&#x0003C;b>`"), ("\\\\`<b>`", "\\\\`<b>`")])
 def test_markup_is_written_as_entities_outside_of_code(text, markdown):
     assert as_written(text) == markdown
 
@@ -81,7 +87,7 @@ def test_thoughts_are_messages_of_their_own_and_no_index_is_mistaken():
 OPENS = TEMPLATE.replace("<|go|>", "<|go|><think>\n")
 MODELS = {
     "tags": scripted(["\n\n".join(TAGS)]), "fetched": scripted(["\n\n".join(FETCHED)]),
-    "code": scripted(["\n\n".join(CODE)]),
+    "code": scripted(["\n\n".join(CODE)]), "half": scripted(["\n\n".join(HALF_CODE)]),
     "orphan": scripted([THOUGHT, "\n</think>\n\n", "The answer is 4."]),
     "open": scripted(["<think>", "\nstill thinking without an end"]),
     "template": scripted([THOUGHT, " cut here"], OPENS, after="Ċ"),
@@ -146,7 +152,7 @@ def ask(page, *models: str, said: str = "Hi", clear: bool = True):
 
 @pytest.mark.browser
 def test_every_tag_is_read_and_none_works(page):
-    tags, fetched, code = ask(page, "tags", "fetched", "code")
+    tags, fetched, code, half = ask(page, "tags", "fetched", "code", "half")
     text = tags.locator("[data-testid=bot]").inner_text()
     assert not [written for written in TAGS[:-1] if " ".join(written.split()) not in " ".join(text.split())], text
     assert page.evaluate("window.hacked") is None and page.locator("[href^='javascript:']").count() == 0
@@ -156,6 +162,7 @@ def test_every_tag_is_read_and_none_works(page):
     text = code.locator("[data-testid=bot]").inner_text().replace("\u00a0", " ")
     for written in ("<b>in a block</b>", "Inline <i>code</i> and a ` <u>.", "    return x < 3", "unclosed <p>"):
         assert written in text, text
+    assert half.locator("u").count() == 0 and not [n for n in "1234567" if f"<u>{n}</u>" not in half.inner_text()]
     assert code.locator("pre code").count() == 2 and "&#x" not in page.locator("#chat-columns").inner_text()
 
 

@@ -104,6 +104,11 @@ def test_the_plan_of_ones_own_file_waits_to_be_asked(studio, tmp_path):
     assert "no such file" in _shown(studio, asked, reading=True)[0]
 
 
+def test_no_recipe_stands_where_the_controls_make_none(studio):
+    html, recipe, command = _shown(studio, values(sources=[]), reading=False)
+    assert "no source is picked" in html and recipe.startswith("# ") and "no source is picked" in recipe and command == ""
+
+
 def test_names_in_the_plan_are_text():
     html = card([Stage("data", HOSTILE), Stage("training", HOSTILE, True)], None)
     assert "<img" not in html and html.count("&lt;img") == 2

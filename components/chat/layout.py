@@ -34,7 +34,7 @@ const tidy = () => {
 };
 // Messages are Markdown with some letters as entities (markdown.py): who copies or edits one gets the letters.
 const letter = code => code === 'A0' ? ' ' : String.fromCharCode(parseInt(code, 16));
-const plain = text => text.replace(/&#x000(3C|26|5B|A0);/g, (_, code) => letter(code));
+const plain = text => text.replace(/&#x000(3C|26|5B|A0|5C|60);/g, (_, code) => letter(code));
 const edited = () => document.querySelectorAll('#chat-columns textarea.edit-textarea:not([data-plain])').forEach(box => {
   box.dataset.plain = 'yes';
   if (plain(box.value) === box.value) return;

@@ -11,7 +11,7 @@ import gradio as gr
 
 from components.fusing.layout import FuseTab
 from components.fusing.setting import NAMES, OWN, Wish, read
-from components.status import error_note, time_text
+from components.status import as_comment, error_note, time_text
 from components.studio import Studio, shown_folder
 from fusion import FusionError
 from fusion.pairwise import plan
@@ -52,7 +52,7 @@ def _shown(studio: Studio, values: tuple, reading: bool) -> list:
         stages = price.stages if price else plan(wish.recipe, wish.out)
         return [card(stages, price), _yaml(wish), command_of(wish)]
     except FusionError as error:
-        return [error_note(str(error)), gr.skip(), gr.skip()]
+        return [error_note(str(error)), as_comment(error), ""]
 
 
 def _yaml(wish: Wish) -> str:
