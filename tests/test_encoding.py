@@ -200,6 +200,20 @@ def test_a_sign_without_a_token_is_named():
     assert "no token for" in encoder.examine(Dialogue((("hi", "fine ☃"),)))[1][0].reason
 
 
+def test_a_reply_of_which_no_token_is_made_is_named():
+    tokenizer = Tokenizer(models.WordLevel({"<e>": 0, "fine": 1, "hi": 2}))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Replace("\u200b", "")])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    encoder = Encoder(transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>"),
+                      "{% for m in messages %}{{ m['content'] + ' ' + eos_token + ' ' }}{% endfor %}")
+    for signs in ("\u200b", "\u0301", "\u0301\u200b"):  # no width, no letter: its normalisation takes them away
+        faults = encoder.examine(Dialogue((("hi", "fine"), ("hi", signs))))[1]
+        assert {turn: fault.reason for turn, fault in faults.items()} == {1: "its tokenizer makes no token of a reply"}
+    report = Report()
+    assert shown_to_all(Dialogue((("hi", signs),)), {"pivot": encoder}, report) is None
+    assert "pivot: its tokenizer makes no token of a reply (that reply is not learnt)" in report.reasons
+
+
 def test_a_dialogue_that_its_template_refuses_is_no_broken_template():
     picky = "{% if 'x' in messages[0]['content'] %}{{ raise_exception('no x') }}{% endif %}" + CHATML
     encoder, report = Encoder(made("bytes"), picky), Report()

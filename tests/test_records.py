@@ -47,12 +47,21 @@ def replies(source: Path, **which) -> list[str]:
 @pytest.mark.parametrize(("name", "content"), [
     ("a.jsonl", LINES.encode("utf-8-sig")), ("a.json", json.dumps([GOOD, GOOD]).encode("utf-8-sig")), ("a.json", LINES.encode()),
     ("a.jsonl", json.dumps([GOOD, GOOD], indent=1).encode()), ("a.ndjson", LINES.replace("\n", "\r\n\r\n").encode()),
-    ("a.json", json.dumps({"version": 1, "data": [GOOD, GOOD]}).encode()), ("a.jsonl.gz", gzip.compress(LINES.encode())),
+    ("a.json", json.dumps({"version": 1, "data": [GOOD, GOOD]}).encode()),
+    ("a.json", json.dumps({"tags": ["a", "b"], "none": [], "data": [GOOD, GOOD]}).encode()), ("A.JSON", LINES.encode()),
+    ("A.JSONL.GZ", gzip.compress(LINES.encode())), ("a.jsonl.gz", gzip.compress(LINES.encode())),
     ("a.json.gz", gzip.compress(json.dumps([GOOD, GOOD]).encode("utf-8-sig"))), ("a.json", b"\n" + LINES.encode("utf-8-sig"))])
 def test_files_as_people_have_them(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     for source in (tmp_path / name, tmp_path):
         assert replies(source) == ["Hello"] * 2
+
+
+def test_messages_may_stand_in_columns(tmp_path):
+    parquet(tmp_path / "A.PARQUET", [{"conversations": {"from": ["human", "gpt"], "value": ["Hi", "Hello"]}}] * 2)
+    assert replies(tmp_path / "A.PARQUET") == replies(tmp_path) == ["Hello"] * 2
+    for uneven in ({"role": ["user", "assistant"], "content": ["Hi"]}, {"role": "user", "content": "Hi"}, {}):
+        assert "no messages" in read({"messages": uneven})[1]
 
 
 def test_parquet_may_be_packed(tmp_path):
@@ -244,6 +253,8 @@ def read(record: object) -> tuple[Dialogue | None, str]:
     ({"conversations": [TALK[0], {"from": "narrator", "value": "4"}, TALK[1]]}, "an unknown role 'narrator'"),
     ({"messages": [USER, {"role": None, "content": "x"}]}, "an unknown role 'None'"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "a message without text (null)"),
+    ({"messages": [USER, {"role": "assistant"}]}, "a message without text (null)"),
+    ({"messages": [USER, {"content": "4"}]}, "an unknown role 'None'"),
     ({"conversations": [TALK[0], {"from": "gpt", "value": 4}]}, "a message whose text is no text, but a number"),
     ({"conversations": [TALK[0], {"from": "gpt", "value": {"a": 1}}]}, "a message whose text is no text, but a table"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, REPLY]}, "no text ('image_url')"),
@@ -269,6 +280,8 @@ def test_text_in_parts_is_text(parts):
 @pytest.mark.parametrize(("record", "system", "why"), [
     ({"system": "Be brief."}, "Be brief.", ""), ({"system_prompt": " Be brief.\n"}, "Be brief.", ""), ({"system": ""}, "", ""),
     ({"system": None, "system_message": "Be brief."}, "Be brief.", ""), ({"system": 7}, "", "a system prompt that is no text"),
+    ({"system": " \n"}, "", ""), ({"system": [{"type": "text", "text": "Be brief."}]}, "Be brief.", ""),
+    ({"system": {"a": 1}}, "", "a system prompt that is no text"),
     ({"tools": [{"name": "f"}]}, "", "a list of tools")])
 def test_a_system_prompt_may_have_a_column(record, system, why):
     dialogue, found = read({**record, "conversations": TALK})
@@ -285,6 +298,7 @@ def test_a_system_message_goes_before_a_column():
 
 @pytest.mark.parametrize(("mark", "unlearnt"), [
     ({"weight": 0}, True), ({"weight": 0.0}, True), ({"train": False}, True), ({"training": "false"}, True), ({"loss": "0"}, True),
+    ({"loss_mask": 0}, True), ({"loss_mask": 1}, False),
     ({"weight": 1}, False), ({"train": True}, False), ({"weight": None}, False), ({}, False)])
 def test_turns_that_are_read_but_not_learnt(mark, unlearnt):
     dialogue, why = read({"messages": [USER, {**REPLY, **mark}, {**USER, "weight": 0}, REPLY]})

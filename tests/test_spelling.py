@@ -184,6 +184,19 @@ def test_inside_a_token_of_the_source_what_goes_on_as_the_pivot_wrote():
     assert not its.emptied.any() and its.read.tolist() == pytest.approx([0.9] * 3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_source_of_the_same_vocabulary_says_the_same_inside_characters_too(kind):
+    its = reader(kind)
+    encoded = its.encoder.encode(Dialogue((("Smile.", "🙂 日本"), ("And?", "क्षि\t☃"))))
+    draw, size = np.random.default_rng(0), len(its.words.tokens)
+    for _ in range(20):  # each time other tokens of all kinds: byte pieces of plain letters, of which there is a token too
+        rows = said(encoded, {i: dict(zip(draw.permutation(size)[:6].tolist(), (0.3, 0.25, 0.15, 0.1, 0.08, 0.06), strict=True))
+                              for i in range(len(encoded.labels))}, {})
+        table = vocabulary_table(its.words, its.words, Blend(), set(rows.ids.flat), {})
+        heard = fuse_dialogue((encoded, rows), [(encoded, rows, table)], Blend(), [(its.words, its.words)]).models[1]
+        assert heard.ids[:, :6].tolist() == rows.ids.tolist() and np.allclose(heard.logprobs[:, :6], rows.logprobs, atol=1e-5)
+
+
 def test_losses_are_nats_of_equal_text_per_token_of_the_pivot():
     dialogue = Dialogue((("Hi.", TEXTS["Chinese"][0]), ("And?", TEXTS["German"][1])))
     for pivot, source in (("llama", "qwen"), ("qwen", "llama")):

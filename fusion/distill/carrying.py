@@ -194,6 +194,8 @@ def _read_on(places: dict[int, _Place], ids: np.ndarray, become: np.ndarray, cha
             if not text:  # a mark, or no entry
                 impossible[column] = bool(place.since)
                 continue
+            if become[i, column] >= 0 and not place.since and place.lead == place.their_lead:
+                continue  # all of the token is meant: the table knows it
             text = text.removeprefix(place.their_lead)
             rest, become[i, column] = text[len(place.since):], -1
             impossible[column] = not text.startswith(place.since)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fusion.distill.messages import Message, said_in
+from fusion.distill.messages import Message, said_in, text_of
 from fusion.distill.records import read_records
 from fusion.errors import RecipeError
 
@@ -117,9 +117,9 @@ def checked(record: object, origin: str, report: Report) -> Dialogue | None:
 
 def _system(record: object, said: list[Message], origin: str, report: Report) -> tuple[str, list[Message]]:
     """The system prompt, from the first message or a column of its own, and the other messages."""
-    columns = [record[name] for name in _SYSTEM if record.get(name)] if isinstance(record, Mapping) else []
-    column = next((text.strip() for text in columns if isinstance(text, str)), "")
-    if columns and not column:
+    columns = [text_of(record[name]) for name in _SYSTEM if record.get(name)] if isinstance(record, Mapping) else []
+    column = next((text.strip() for text, _ in columns if text.strip()), "")
+    if not column and any(fault for _, fault in columns):
         report.note("a system prompt that is no text (it was left out)", origin)
     if isinstance(record, Mapping) and record.get("tools"):
         report.note("a list of tools, which models are not shown (the dialogue was kept)", origin)

@@ -220,6 +220,8 @@ class Encoder:
         decoded = self.tokenizer.decode(mine, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         said, meant = self._normal(decoded.strip()), self._normal(dialogue.turns[turn][1].strip())
         cut = self.cuts(encoded)
+        if not len(mine) and not cut:  # only signs that its normalisation takes away
+            return Fault("its tokenizer makes no token of a reply", ascii(dialogue.turns[turn][1][:40]))
         if said == meant or (cut and meant.startswith(said.rstrip("\ufffd"))):
             return None
         if self.tokenizer.unk_token_id in mine and self.tokenizer.unk_token_id != self.tokenizer.eos_token_id:

@@ -22,7 +22,7 @@ _KEYWORDS = {"train": ("train", "training"), "validation": ("validation", "valid
 
 def data_files(names: Iterable[str]) -> list[str]:
     """Those of some paths (relative, with "/") that hold records: no bookkeeping, nothing hidden or outside."""
-    return sorted(name for name in names if name.endswith(ENDINGS) and PurePosixPath(name).name not in _BOOKKEEPING
+    return sorted(name for name in names if name.lower().endswith(ENDINGS) and PurePosixPath(name).name not in _BOOKKEEPING
                   and not any(part.startswith(".") for part in name.split("/")) and not name.startswith("/"))
 
 

@@ -12,7 +12,7 @@ _ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "assistant
           "bard": "assistant", "system": "system", "developer": "system"}
 _TOOLS = {"tool", "function", "ipython", "observation", "function_call", "tool_call", "tool_response", "tool_calls", "environment"}
 _ROLE, _TEXT, _CALLS = ("from", "role"), ("value", "content"), ("tool_calls", "function_call")
-_LEARNT = ("weight", "train", "training", "loss")  # 0 or false: a message that is read, but not learnt
+_LEARNT = ("weight", "train", "training", "loss", "loss_mask")  # 0 or false: a message that is read, but not learnt
 _NONE = "no messages: neither `conversations` (from, value) nor `messages` (role, content)"
 
 
@@ -41,12 +41,21 @@ def said_in(record: object) -> list[Message] | str:
 
 def _entries(record: object) -> Sequence[Mapping] | None:
     """The list of messages in a record, which may be that list itself."""
-    for found in [record.get(key) for key in MESSAGES] if isinstance(record, Mapping) else [record]:
+    for found in [_rows(record.get(key)) for key in MESSAGES] if isinstance(record, Mapping) else [record]:
         if isinstance(found, Sequence) and not isinstance(found, (str, bytes)) and found and all(
-                isinstance(entry, Mapping) and any(key in entry for key in _ROLE)
-                and any(key in entry for key in _TEXT + _CALLS) for entry in found):
-            return found
+                isinstance(entry, Mapping) for entry in found):
+            keys = set().union(*found)
+            if keys & set(_ROLE) and keys & {*_TEXT, *_CALLS}:
+                return found
     return None
+
+
+def _rows(found: object) -> object:
+    """A table of columns of one length, as datasets store some lists of messages, as the list of its rows."""
+    columns = list(found.values()) if isinstance(found, Mapping) else []
+    if not columns or not all(isinstance(its, list) and len(its) == len(columns[0]) for its in columns):
+        return found
+    return [dict(zip(found, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _message(entry: Mapping) -> Message | str:
@@ -59,11 +68,11 @@ def _message(entry: Mapping) -> Message | str:
         return f"an unknown role {str(name)[:40]!r}"
     if any(entry.get(key) for key in _CALLS):
         return "a call of a tool"
-    text, fault = _text(next((entry[key] for key in _TEXT if entry.get(key) is not None), None))
+    text, fault = text_of(next((entry[key] for key in _TEXT if entry.get(key) is not None), None))
     return fault or Message(_ROLES[known], text, not any(_zero(entry.get(key)) for key in _LEARNT))
 
 
-def _text(content: object) -> tuple[str, str]:
+def text_of(content: object) -> tuple[str, str]:
     """The text of a message, that of a list of parts too, and what is wrong with it, "" for nothing."""
     if isinstance(content, str):
         return content, ""

@@ -30,7 +30,7 @@ def read_records(source: str, split: str = "train", subset: str = "") -> Iterato
         yield from _folder(path, split, subset, source)
     elif path.exists():
         yield from file_records(path, path.name)
-    elif path.name.endswith(ENDINGS) or hub.parse(source) is None:
+    elif path.name.lower().endswith(ENDINGS) or hub.parse(source) is None:
         raise CheckpointError("there is no such file or folder", where=source, todo=f"Give {_KINDS}.")
     else:
         yield from _of_hub(source, split, subset)
@@ -38,8 +38,8 @@ def read_records(source: str, split: str = "train", subset: str = "") -> Iterato
 
 def file_records(path: Path, name: str) -> Iterator[tuple[str, object]]:
     """The records of one file; `name` is what people call it."""
-    packed = path.name.endswith(".gz")
-    ending = Path(path.name.removesuffix(".gz")).suffix
+    plain = path.name.lower()
+    packed, ending = plain.endswith(".gz"), Path(plain.removesuffix(".gz")).suffix
     try:
         if ending == ".parquet":
             yield from _parquet(gzip.decompress(path.read_bytes()) if packed else path, name)
@@ -127,11 +127,12 @@ def _json(stream: BinaryIO, name: str) -> Iterator[tuple[str, object]]:
 
 
 def _document(content: bytes, name: str) -> Iterator[tuple[str, object]]:
-    """The records of a whole JSON document: its list, or the first list in its table, or the document itself."""
+    """The records of a whole JSON document: its list, or the first list of tables in its table, or the document itself."""
     data = _parsed(content, name)
     lists = [value for key, value in data.items() if isinstance(value, list) and key not in MESSAGES] \
         if isinstance(data, dict) and not any(isinstance(data.get(key), list) for key in MESSAGES) else []
-    records = data if isinstance(data, list) else lists[0] if lists else [data]
+    tables = [its for its in lists if its and all(isinstance(record, (dict, list)) for record in its)]
+    records = data if isinstance(data, list) else (tables or lists)[0] if lists else [data]
     yield from ((f"{name} record {number}", record) for number, record in enumerate(records, 1))
 
 
