@@ -83,7 +83,8 @@ class _Sorter:
                 its[found[2]], modules[target] = tensor, module
             elif not unread(_inner(name), tensor.shape, None, ""):
                 self._take_whole(name, tensor, rank)
-        self._part_head_and_embedding(tensors)
+        self._part_head_and_embedding(tensors, pairs)
+        self._refuse_half_resized()
         for name, tensor in self.parts.whole.items():
             self._check_whole(name, tensor)
         self.parts.thin = {target: self._understand(target, modules[target], its) for target, its in pairs.items()}
@@ -108,22 +109,47 @@ class _Sorter:
         """Whether a part of the base is a whole tensor of it."""
         return part is not None and part.numel == self.base.info[part.own].numel
 
-    def _part_head_and_embedding(self, tensors: Mapping[str, TensorInfo]) -> None:
-        """A tied embedding that was trained as a module of its own leaves the head as it was: peft parts the two."""
+    def _part_head_and_embedding(self, tensors: Mapping[str, TensorInfo], adapted: Mapping[str, object]) -> None:
+        """A tied embedding that was trained leaves the head as it was: peft parts the two, unless it was told to keep them one."""
         table, heads = embedding_of(self.base), [name for name in self.base.info if place(name).kind == "head"]
-        if table not in self.parts.whole or not self.base.tied or self.settings.get("ensure_weight_tying"):
+        if table not in {*self.parts.whole, *adapted} or not self.base.tied or self._kept_one(table):
             return
         head = next(iter([*heads, *self.parts.alias]), "lm_head.weight")
-        if head in self.parts.whole or not trains_whole(self.settings, table.removesuffix(".weight")):
+        if head in self.parts.whole:
             return
+        if table in adapted:
+            self.parts.alias[head] = table
+            if table in self.parts.whole:
+                self.parts.whole[head] = self.parts.whole[table]
+        elif trains_whole(self.settings, table.removesuffix(".weight")):
+            self._keep_head(tensors, table, head)
+
+    def _kept_one(self, table: str) -> bool:
+        """Whether peft trained head and embedding as one; it does so only where they have the names that it knows."""
+        return bool(self.settings.get("ensure_weight_tying")) and table.split(".")[-2:] == ["embed_tokens", "weight"]
+
+    def _keep_head(self, tensors: Mapping[str, TensorInfo], table: str, head: str) -> None:
+        """The head of a tied model whose embedding was trained as a module of its own is what the embedding was before."""
         self.parts.alias[head] = table
         before = next((tensor for name, tensor in tensors.items() if ".original_module." in name
                        and self._target(_WHOLE.sub("", _inner(name)), name) == table), None)
         if before is not None:
             self.parts.whole[head] = before
         elif self.parts.whole[table].shape != self.base.info[table].shape:
-            raise CheckpointError("it trains the embedding (modules_to_save) with more tokens than the base, without the head that "
-                                  "belongs to them", where=self.where, todo=MERGE_IT)
+            self._refuse_headless("trains the embedding (modules_to_save)")
+
+    def _refuse_half_resized(self) -> None:
+        """Refuse an adapter that brings an embedding with other rows than the base's and leaves the base's own head as it is."""
+        table, info = embedding_of(self.base), self.base.info
+        if self.base.tied or table not in self.parts.whole or self.parts.whole[table].shape == info[table].shape:
+            return
+        if any(place(name).kind == "head" and tensor.shape[:1] == info[table].shape[:1] and name not in self.parts.whole
+               for name, tensor in info.items()):
+            self._refuse_headless("brings the embedding")
+
+    def _refuse_headless(self, what: str) -> None:
+        raise CheckpointError(f"it {what} with other tokens than the base, without the head that belongs to them",
+                              where=self.where, todo=MERGE_IT)
 
     def _target(self, wanted: str, tensor: str) -> str:
         """The base's tensor that an adapter's tensor belongs to; bases may be saved with other outer names."""

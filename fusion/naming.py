@@ -22,12 +22,13 @@ from fusion.anatomy import TOWER, main_stack, place
 _OUTER = {"model", "language_model", "transformer", "text_model", "base_model", "pretrained_model", "gpt_neox", "backbone",
           "thinker", "module", "_orig_mod"}  # what wraps the part that reads and writes text
 _RENAMED = tuple((re.compile(pattern), new) for pattern, new in (
+    (r"^embed_out\.", "lm_head."),
     (r"^(\w*tower)\.(vision_model|audio_model|text_model)\.", r"\1."),
     (r"\.block_sparse_moe\.input_linear\.weight$", ".mlp.experts.gate_up_proj"),
     (r"\.block_sparse_moe\.output_linear\.weight$", ".mlp.experts.down_proj"),
     (r"\.router\.layer\.weight$", ".router.weight"),
-    (r"\.block_sparse_moe\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),
     (r"\.block_sparse_moe\.", ".mlp."),
+    (r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias"),
     (r"\.mlp\.router\.", ".mlp.gate."),
     (r"\.mlp\.gate\.moe_statics\.", ".mlp.moe_statics."),
     (r"\.experts\.(\d+)\.w1\.", r".experts.\1.gate_proj."),
@@ -71,9 +72,9 @@ def atoms(name: str, shape: tuple[int, ...]) -> list[tuple[str, Part]]:
     """The matrices that a stored tensor consists of, by their plain names, in the order of its numbers."""
     plain = plain_name(name)
     front, _, last = plain.rpartition(".")
-    if len(shape) != 3 or not front.endswith("experts") or last not in ("gate_up_proj", "down_proj"):
+    if len(shape) != 3 or not front.endswith("experts") or last not in ("gate_up_proj", "up_proj", "down_proj"):
         return [(plain, Part(name, 0, shape))]
-    names = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+    names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
     if shape[1] % len(names):
         return [(plain, Part(name, 0, shape))]
     one = (shape[1] // len(names), shape[2])

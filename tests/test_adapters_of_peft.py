@@ -76,6 +76,10 @@ RIGHT = {
     "tied, both trained as one": ("gemma", {}, {**EMBEDDING, "ensure_weight_tying": True}),
     "tied, new tokens, embedding trained": ("gemma", {"tokens": ("<|new|>",)}, EMBEDDING),
     "tied, new tokens": ("gemma", {"tokens": ("<|new|>",)}, {"target_modules": ["q_proj"]}),
+    "tied, an adapter in the embedding": ("gemma", {}, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "tied, an adapter in both as one": ("gemma", {}, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
+    "tied, new tokens, an adapter in the embedding": ("gemma", {"tokens": ("<|new|>",)}, {"target_modules": ["embed_tokens"]}),
+    "a head of another name": ("neox", {}, {"target_modules": ["query_key_value"], "modules_to_save": ["lm_head"]}),
     "new tokens, both trained": ("llama", {"tokens": ("<|new|>",)},
                                  {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
     "routers trained": ("mixtral", {}, {"target_modules": ["q_proj"], "modules_to_save": ["gate"]}),
@@ -117,6 +121,12 @@ def test_what_is_not_known_is_refused_by_the_word_of_the_setting(base, tmp_path,
     trained(base(kind), tmp_path / "lora", **settings)
     with pytest.raises(CheckpointError, match=rf"{setting}.*merge_and_unload"):
         open_checkpoint(f"{base(kind)}+{tmp_path / 'lora'}")
+
+
+def test_more_tokens_in_the_embedding_alone_are_refused_before_anything_is_read(base, tmp_path):
+    trained(base("llama"), tmp_path / "lora", ("<|new|>",), target_modules=["embed_tokens"])
+    with pytest.raises(CheckpointError, match="brings the embedding with other tokens than the base, without the head"):
+        open_checkpoint(f"{base('llama')}+{tmp_path / 'lora'}")
 
 
 def test_a_head_that_classifies_is_named_by_its_setting(base, tmp_path):

@@ -44,6 +44,7 @@ CONFIGS = {
     "mixtral": lambda: transformers.MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2),
     "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**TEXT, head_dim=8, num_experts=4, num_experts_per_tok=2,
                                                      moe_intermediate_size=16),
+    "neox": lambda: transformers.GPTNeoXConfig(**{key: TEXT[key] for key in TEXT if key != "num_key_value_heads"}),
 }
 SEEING = ("gemma3", "llava", "qwen2-vl")
 
@@ -228,6 +229,15 @@ def test_experts_of_one_tensor_lie_one_after_the_other():
         ("1.gate_proj.weight", 24, (3, 4)), ("1.up_proj.weight", 36, (3, 4))]
     assert [name for name, _ in atoms("model.layers.0.block_sparse_moe.experts.1.w2.weight", (3, 4))] == [
         "layers.0.mlp.experts.1.down_proj.weight"]
+
+
+def test_names_that_only_some_models_have():
+    for hub, memory in (("embed_out.weight", "lm_head.weight"),
+                        ("model.layers.1.mlp.e_score_correction_bias", "model.layers.1.mlp.gate.e_score_correction_bias"),
+                        ("model.layers.1.block_sparse_moe.e_score_correction_bias", "model.layers.1.mlp.e_score_correction_bias")):
+        assert plain_name(hub) == plain_name(memory)
+    without_gate = table({"model.layers.1.mixer.experts.up_proj": (2, 6, 4)})
+    assert without_gate["layers.1.mixer.experts.1.up_proj.weight"].start == 24
 
 
 def test_names_say_what_is_a_table_and_what_sees():
