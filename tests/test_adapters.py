@@ -132,7 +132,8 @@ def test_a_tied_head_with_an_adapter_is_a_matrix_of_its_own(opened, stored):
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("one", [False, True])
 def test_a_tied_head_follows_an_embedding_with_an_adapter_only_where_both_were_trained_as_one(opened, stored, one):
-    parts = {key(EMBED, "lora_embedding_A"): np.ones((1, 5), np.float32), key(EMBED, "lora_embedding_B"): np.ones((3, 1), np.float32)}
+    down, up = np.ones((1, 5), np.float32), np.ones((3, 1), np.float32)
+    parts = {key(EMBED, "lora_embedding_A"): down, key(EMBED, "lora_embedding_B"): up}
     base = {**TIED, HEAD: BASE[EMBED]} if stored else TIED
     model = opened(parts, base, {"tie_word_embeddings": True}, ensure_weight_tying=one)
     assert np.array_equal(model[EMBED], BASE[EMBED] + 2) and model.tied == one
