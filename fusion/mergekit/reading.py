@@ -17,7 +17,9 @@ from fusion.mergekit.document import Document, Note, Parameters, Reference, Row,
 MAX_CHARACTERS, MAX_NODES = 4_000_000, 200_000
 TOP = ("models", "slices", "modules", "merge_method", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
         "tokenizer", "chat_template", "name")
-_THEIRS = {*TOP, "experts", "gate_mode"} - {"name", "dtype", "slices"}  # these three a recipe has too
+_OTHER_TOOLS = {"experts": "mergekit-moe, which lays dense models side by side as the experts of one",
+                "genome": "mergekit-evolve, which searches for weights"}  # its own key → whose file it is
+_THEIRS = {*TOP, *_OTHER_TOOLS, "gate_mode"} - {"name", "dtype", "slices"}  # these three a recipe has too
 _OURS = {"pivot", "targets", "method", "weights", "options", "overrides", "exclude", "granularity", "measure", "vocabulary",
          "donor", "seed", "revisions", "result"}
 _MERGE, _DEEPEST = "tag:yaml.org,2002:merge", 50
@@ -113,6 +115,11 @@ class _Reader:
             return Document(_line(root))
 
     def _document(self, root) -> Document:
+        tool = self._other_tool(root)
+        if tool:
+            self.note("error", _line(root), f"this is a file for {tool}; no merge method here does that. Write one with "
+                      "merge_method and models")
+            return Document(_line(root))
         table = self.table(root, "the file", TOP)
         given = [key for key in ("models", "slices", "modules") if key in table and not _empty(table[key])]
         whole = _kind(root) == "mapping"
@@ -133,6 +140,11 @@ class _Reader:
             self.parameters(body) if module else {}, self.parameters(table), self.dtype(table, "dtype"),
             self.dtype(table, "out_dtype"), self.tokenizer(table), self.text(table, "chat_template"),
             {key: _line(node) for key, node in table.items()})
+
+    def _other_tool(self, root) -> str:
+        """The program of mergekit's that a file without a method is for; "" where it is for none that is known."""
+        keys = {str(key.value) for key, _ in self.own(root)} if _kind(root) == "mapping" else set()
+        return "" if "merge_method" in keys else next((tool for key, tool in _OTHER_TOOLS.items() if key in keys), "")
 
     def table(self, node, what: str, known: Sequence[str]) -> dict:
         """The mapping's keys with their value nodes; merge keys spread out, unknown keys noted and left out."""
