@@ -214,6 +214,19 @@ def test_a_reply_of_which_no_token_is_made_is_named():
     assert "pivot: its tokenizer makes no token of a reply (that reply is not learnt)" in report.reasons
 
 
+def test_tokens_without_a_row_are_never_read():
+    dialogue, report = Dialogue((("hi", "fine"),)), Report()
+    rows = 1 + int(Encoder(made("bytes"), CHATML).encode(dialogue).ids.max())
+    fits = Encoder(made("bytes"), CHATML, rows=rows)
+    assert shown_to_all(dialogue, {"pivot": fits}, report) == dialogue and not report.reasons
+    for fewer in (rows - 1, 3):
+        short = Encoder(made("bytes"), CHATML, rows=fewer)
+        with pytest.raises(MismatchError, match=f"beyond the {fewer} rows"):
+            short.encode(dialogue)
+        assert shown_to_all(dialogue, {"pivot": fits, "source": short}, report) is None
+        assert f"source: its tokenizer writes tokens beyond the {fewer} rows of its embedding" in report.reasons
+
+
 def test_a_dialogue_that_its_template_refuses_is_no_broken_template():
     picky = "{% if 'x' in messages[0]['content'] %}{{ raise_exception('no x') }}{% endif %}" + CHATML
     encoder, report = Encoder(made("bytes"), picky), Report()

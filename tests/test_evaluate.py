@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, processors
 from fusion import demo
 from fusion.__main__ import main
 from fusion.demo.questions import questions
+from fusion.distill.dialogues import Dialogue
 from fusion.errors import CheckpointError, FusionError, RecipeError
 from fusion.evaluate import (
     Lent,
@@ -190,6 +191,17 @@ def with_start(folder: Path) -> str:
         ("<|begin|>", at), ("<|end|>", tokenizer.token_to_id("<|end|>"))])
     file.write_text(tokenizer.to_str())
     return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["dialogues", "texts"])
+def test_a_model_without_rows_for_its_tokens_reads_none_of_them(tmp_path, monkeypatch, kind):
+    file = tmp_path / "a.txt"
+    file.write_text("Two words.")
+    data = perplexity.read(str(file)) if kind == "texts" else perplexity.Data((Dialogue((("Hi", "Two words."),)),), (), ("a",))
+    assert finish(perplexity.measure({"pivot": PIVOT}, data))[0].values.shape == (1, 2)
+    monkeypatch.setattr("fusion.evaluate.perplexity.rows_of", lambda model: 5)
+    with pytest.raises(RecipeError, match="beyond the 5 rows of its embedding"):
+        finish(perplexity.measure({"pivot": PIVOT}, data))
 
 
 def test_perplexity_of_plain_text_begins_as_the_tokenizer_does(tmp_path):

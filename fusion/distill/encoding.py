@@ -70,15 +70,18 @@ class Encoded:
 class Encoder:
     """Encodes dialogues for one model: its tokenizer, and its own chat template or a shared one.
 
-    `template` is a Jinja chat template for all models; None means the tokenizer's own. `max_tokens` cuts the end off.
+    `template` is a Jinja chat template for all models; None means the tokenizer's own. `max_tokens` cuts the end off. `rows`: so
+    many rows its embedding has, None where that is not known.
     CheckpointError when the tokenizer is not a fast one (no offsets) or has no template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, max_tokens: int | None = None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, max_tokens: int | None = None,
+                 rows: int | None = None):
         if not tokenizer.is_fast:
             raise CheckpointError("its tokenizer gives no character offsets", where=tokenizer.name_or_path,
                                   todo="Use a checkpoint with tokenizer.json.")
-        self.tokenizer, self.max_tokens, self._template = tokenizer, max_tokens, ChatTemplate(tokenizer, template)
+        self.tokenizer, self.max_tokens, self.rows = tokenizer, max_tokens, rows
+        self._template = ChatTemplate(tokenizer, template)
         self.template = self._template.text
         self._marks = _marks(tokenizer)
 
@@ -199,6 +202,9 @@ class Encoder:
         ids, offsets = self._tokens(text)
         if self.max_tokens is not None:
             ids, offsets = ids[:self.max_tokens], offsets[:self.max_tokens]
+        if self.rows is not None and (ids >= self.rows).any():
+            raise MismatchError(beyond(self.rows), where=dialogue.origin,
+                                todo="Use the tokenizer that the model was trained with.")
         marks = np.fromiter((token in self._marks for token in ids.tolist()), bool, len(ids))
         parts = [(turn, spans[turn], *_positions(text, offsets, marks, spans[turn])) for turn in dialogue.learnt
                  if not isinstance(spans[turn], Fault)]
@@ -277,6 +283,11 @@ def _core(reply: str, begin: int) -> Span:
     """Where a reply that begins there stands without the white space around it."""
     begin += len(reply) - len(reply.lstrip())
     return begin, begin + len(reply.strip())
+
+
+def beyond(rows: int) -> str:
+    """Why a model cannot read what its tokenizer wrote."""
+    return f"its tokenizer writes tokens beyond the {rows:,} rows of its embedding"
 
 
 def _short(text: str) -> str:

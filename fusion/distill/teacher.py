@@ -45,7 +45,7 @@ class LoadedTeacher:
 
     def __init__(self, model, tokenizer, mark: str = "", *, template: str | None = None, max_tokens: int | None = None):
         self.model, self.mark, self.device = model, mark, model.device
-        self.encoder = Encoder(tokenizer, template, limit_of(model.config, max_tokens))
+        self.encoder = Encoder(tokenizer, template, limit_of(model.config, max_tokens), rows_of(model))
 
     @cached_property
     def _head(self) -> Head:
@@ -102,6 +102,12 @@ def _split(found: Sequence[Rows], counts: Sequence[int]) -> list[Rows]:
     """Slices of a batch as the rows of each dialogue, which have `counts` labels."""
     whole = [np.concatenate([getattr(rows, its.name) for rows in found]) for its in fields(Rows)]
     return [Rows(*parts) for parts in zip(*(np.split(array, np.cumsum(counts)[:-1]) for array in whole), strict=True)]
+
+
+def rows_of(model) -> int | None:
+    """How many tokens a model in memory has an embedding for; None when it does not say."""
+    table = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    return None if table is None else int(table.shape[0])
 
 
 def context_of(config) -> int | None:

@@ -21,10 +21,10 @@ import numpy as np
 from fusion.chat import ChatModel
 from fusion.distill.dialogues import Dialogue
 from fusion.distill.dialogues import load as load_dialogues
-from fusion.distill.encoding import Encoded, Encoder
+from fusion.distill.encoding import Encoded, Encoder, beyond
 from fusion.distill.messages import said_in
 from fusion.distill.records import read_records
-from fusion.distill.teacher import LocalTeacher, batches, context_of
+from fusion.distill.teacher import LocalTeacher, batches, context_of, rows_of
 from fusion.errors import CheckpointError, MismatchError, RecipeError
 from fusion.evaluate.models import Models, fingerprints, lend
 from fusion.evaluate.scores import Scores
@@ -150,7 +150,7 @@ def measure(models: Models, data: Data) -> Work[tuple[Scores, list[dict]]]:
 
 
 def _dialogues(reader: _Reader, data: Data) -> Work[list[_Surprise | str]]:
-    encoder = Encoder(reader.tokenizer, None, reader.max_tokens)
+    encoder = Encoder(reader.tokenizer, None, reader.max_tokens, rows_of(reader.model))
     encoded = [_attempt(encoder, dialogue) for dialogue in data.dialogues]
     known = [i for i, its in enumerate(encoded) if isinstance(its, Encoded)]
     nats = yield from reader.nats([encoded[i] for i in known])
@@ -179,10 +179,13 @@ def _of_dialogue(dialogue: Dialogue, encoded: Encoded, nats: np.ndarray, cut: bo
 
 
 def _plain(reader: _Reader, data: Data) -> Work[list[_Surprise | str]]:
-    encoded, owners, skipped = [], [], []
+    encoded, owners, skipped, rows, unreadable = [], [], [], rows_of(reader.model), set()
     for owner, text in enumerate(data.texts):
         start, ids, unread = _begun(reader.tokenizer, text)
         skipped.append(unread)
+        if rows is not None and max((*start, *ids), default=0) >= rows:
+            unreadable.add(owner)
+            continue
         for window in _windows(text, start, ids, reader.max_tokens):
             encoded.append(window)
             owners.append(owner)
@@ -192,8 +195,9 @@ def _plain(reader: _Reader, data: Data) -> Work[list[_Surprise | str]]:
         sums[owner] += row.sum()
         tokens[owner] += len(row)
     characters = [len(text) - unread for text, unread in zip(data.texts, skipped, strict=True)]
-    return [_Surprise(float(total), int(count), signs) if count and signs > 0 else "a single token with nothing before it"
-            for total, count, signs in zip(sums, tokens, characters, strict=True)]
+    return [beyond(rows) if owner in unreadable else _Surprise(float(total), int(count), signs) if count and signs > 0
+            else "a single token with nothing before it"
+            for owner, (total, count, signs) in enumerate(zip(sums, tokens, characters, strict=True))]
 
 
 def _begun(tokenizer, text: str) -> tuple[list[int], list[int], int]:

@@ -11,6 +11,7 @@ from fusion.errors import CheckpointError
 from fusion.loading import tokenizer_of
 from fusion.pairwise.recipe import FuseRecipe
 from fusion.sources import peek
+from fusion.vocabulary import tables
 
 
 def template_of(recipe: FuseRecipe) -> str | None:
@@ -25,11 +26,11 @@ def encoders_of(recipe: FuseRecipe) -> dict[str, Encoder]:
     """
     found, lacking = {}, []
     for name, source in (("pivot", recipe.pivot), *zip(recipe.names, recipe.sources, strict=True)):
-        tokenizer, limit = _reader(source, recipe, name in recipe.servers)
+        tokenizer, limit, rows = _reader(source, recipe, name in recipe.servers)
         if template_of(recipe) is None and not tokenizer.chat_template:
             lacking.append(name if name == source else f"{name} ({source})")
         else:
-            found[name] = Encoder(tokenizer, template_of(recipe), limit)
+            found[name] = Encoder(tokenizer, template_of(recipe), limit, rows)
     if lacking:
         raise CheckpointError(f"no chat template comes with {', '.join(lacking)}", where="template",
                               todo="Write `template: plain` into the recipe: then all models read one plain template.")
@@ -37,8 +38,9 @@ def encoders_of(recipe: FuseRecipe) -> dict[str, Encoder]:
 
 
 def _reader(source: str, recipe: FuseRecipe, served: bool) -> tuple:
-    """A model's tokenizer, and how many tokens of a dialogue it reads."""
+    """A model's tokenizer, how many tokens of a dialogue it reads, and how many rows its embedding has, None where it has none."""
     if served:
-        return load_tokenizer(source), recipe.max_tokens
+        return load_tokenizer(source), recipe.max_tokens, None
     with closing(peek(source)) as checkpoint:
-        return tokenizer_of(checkpoint), limit_in(checkpoint, recipe.max_tokens)
+        rows = max((checkpoint.info[name].shape[0] for name in tables(checkpoint)), default=None)
+        return tokenizer_of(checkpoint), limit_in(checkpoint, recipe.max_tokens), rows
