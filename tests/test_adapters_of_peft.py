@@ -13,6 +13,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from fusion import chat
 from fusion.adapters import Adapted
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError, FusionError
@@ -99,6 +100,14 @@ def test_the_base_with_an_adapter_answers_as_peft_alive(base, tmp_path, case):
     assert difference(ref, live) < 1e-4
     if "tokens" not in more:
         assert difference(base(kind), live) > 0.01  # it does something
+
+
+def test_a_conversation_takes_a_base_with_an_adapter_by_its_name(base, tmp_path):
+    live = trained(base("llama"), tmp_path / "lora", ("<|new|>",), OTHER, target_modules=["q_proj"])
+    model = chat.load(f"{base('llama')}+{tmp_path / 'lora'}")
+    assert len(model.encode("<|new|>")) == 1 and model.template.text == OTHER
+    with torch.inference_mode():
+        assert torch.allclose(model.model.cpu()(input_ids=X).logits, live(input_ids=X).logits, atol=1e-4)
 
 
 def test_a_merge_of_a_tied_model_with_a_trained_embedding_is_untied_and_answers_alike(base, tmp_path):

@@ -14,6 +14,7 @@ from fusion.chat.ending import TextEnd, text_end, turn_end
 from fusion.checkpoint import Checkpoint
 from fusion.errors import CheckpointError
 from fusion.loading import build_model, load_model, tokenizer_in, tokenizer_of
+from fusion.sources import open_checkpoint
 from fusion.template import ChatTemplate
 
 _LENGTHS = ("max_position_embeddings", "max_seq_len", "seq_length", "context_length")
@@ -55,27 +56,28 @@ class ChatModel:
 
 
 def load(model: Checkpoint | str | Path, name: str | None = None) -> ChatModel:
-    """Load an open checkpoint, or a folder: safetensors only, local files only, none of its code is run.
+    """Load an open checkpoint, the folder of one (a Path: safetensors only), or one that is named as everywhere (text: a folder,
+    "base+adapter", a model of the Hub); none of its code is run.
 
-    On a CPU the weights become float32; on a GPU they keep their dtype. Raises CheckpointError, ResourceError.
+    On a CPU the weights become float32; on a GPU they keep their dtype. Raises what `open_checkpoint` and `load_model` raise.
     """
     import torch
 
-    checkpoint = model if isinstance(model, Checkpoint) else _open(Path(model), name)
+    checkpoint = model if isinstance(model, Checkpoint) else _open(model, name)
     _check_vocabulary(checkpoint)
     on_gpu = torch.cuda.is_available()
     loaded = load_model(checkpoint, "auto" if on_gpu else torch.float32)
     return from_parts(loaded.to("cuda") if on_gpu else loaded, tokenizer_of(checkpoint), name or checkpoint.name)
 
 
-def _open(folder: Path, name: str | None) -> Checkpoint:
-    """The checkpoint of a folder; its errors name it as people do, not by its path."""
-    name = name or folder.name
+def _open(ref: str | Path, name: str | None) -> Checkpoint:
+    """The checkpoint that `ref` names; errors name it as people do, not by its path."""
+    path, shown = str(ref), name or Path(ref).name
     try:
-        return Checkpoint(folder, name)
+        return Checkpoint(ref, shown) if isinstance(ref, Path) else open_checkpoint(ref, name)
     except CheckpointError as error:
-        where = name if error.where in (None, str(folder)) else error.where
-        raise CheckpointError(error.found.replace(str(folder), name), where=where, todo=error.todo) from error
+        where = shown if error.where in (None, path) else error.where
+        raise CheckpointError(error.found.replace(path, shown), where=where, todo=error.todo) from error
 
 
 def from_tensors(tensors: Mapping[str, Any], dtype: str, folder: Path, name: str) -> ChatModel:
