@@ -156,6 +156,12 @@ def test_names_say_which_files_are_a_split(names, splits):
         files_of(names, "", "dev", "", "here")
 
 
+@pytest.mark.parametrize("said", ["5", "[3]", "{train: {path: a.json}}", "[{path: 7}]", "true"])
+def test_a_card_that_names_no_file_ends_in_words(said):
+    with pytest.raises(RecipeError, match="no split 'train'"):
+        files_of(["a.json"], f"---\nconfigs:\n- config_name: default\n  data_files: {said}\n---\n", "train", "", "here")
+
+
 def test_only_files_of_records_are_read():
     assert data_files(["a.json", ".cache/b.json", "dataset_infos.json", "x/state.json", "/etc/c.json", "d.py", "e/f.jsonl.gz"]) == [
         "a.json", "e/f.jsonl.gz"]

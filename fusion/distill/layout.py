@@ -92,11 +92,11 @@ def _named(names: Sequence[str], config: Mapping) -> dict[str, list[str]]:
     said, folder = config["data_files"], str(config.get("data_dir") or "")
     if isinstance(said, dict):
         said = [{"split": split, "path": path} for split, path in said.items()]
-    elif isinstance(said, str) or all(isinstance(its, str) for its in said):
+    elif not isinstance(said, list) or all(isinstance(its, str) for its in said):
         said = [{"split": "train", "path": said}]
     found: dict[str, list[str]] = {}
     for its in said:
-        if isinstance(its, dict) and its.get("path"):
+        if isinstance(its, dict) and its.get("path") and isinstance(its["path"], (str, list)):
             paths = [its["path"]] if isinstance(its["path"], str) else its["path"]
             patterns = [_pattern(str(PurePosixPath(folder, str(path)))) for path in paths]
             found[str(its.get("split", "train"))] = [name for name in names if any(its.fullmatch(name) for its in patterns)]
