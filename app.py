@@ -45,6 +45,11 @@ def is_public(chosen: argparse.Namespace) -> bool:
     return chosen.public or shared or chosen.host not in (None, "", "127.0.0.1", "localhost", "::1", "[::1]")
 
 
+def address(host: str | None) -> str | None:
+    """A host as Gradio puts it into an address: IPv6 in brackets."""
+    return f"[{host}]" if host and ":" in host and not host.startswith("[") else host
+
+
 def guards(chosen: argparse.Namespace) -> list[Middleware]:
     """What stands before the page: nothing before a public one."""
     names = (*LOCAL, chosen.host or "", *chosen.allow_host, os.getenv("GRADIO_ROOT_PATH", ""))
@@ -61,7 +66,7 @@ def main() -> None:
         print(f"--models {chosen.models}: {studio.nothing}", file=sys.stderr)
     page = build(studio)
     page.queue(max_size=64, default_concurrency_limit=8)
-    page.launch(server_name=chosen.host, server_port=chosen.port, theme=theme(), css=css(), head=HEAD, footer_links=["api"],
+    page.launch(server_name=address(chosen.host), server_port=chosen.port, theme=theme(), css=css(), head=HEAD, footer_links=["api"],
                 run_history=False, enable_monitoring=False, max_file_size="1mb", ssr_mode=False, show_error=False,
                 favicon_path=ASSETS / "logo.svg", app_kwargs={"middleware": guards(chosen)})
 

@@ -76,3 +76,10 @@ def test_what_gradio_takes_from_the_environment_counts(monkeypatch):
                                             ("http://A.example:1/x", "a.example"), ("/studio", ""), ("a b", ""), ("[", "")])
 def test_the_host_of_a_text(text, host):
     assert host_of(text) == host
+
+
+@pytest.mark.parametrize(("host", "address"), [("::1", "[::1]"), ("[::1]", "[::1]"), ("::", "[::]"), ("localhost", "localhost"),
+                                               ("127.0.0.1", "127.0.0.1"), (None, None), ("", "")])
+def test_an_ipv6_host_is_served_in_brackets(host, address):
+    """Without them the page's own first request to itself has no valid address, and nothing starts."""
+    assert app.address(host) == address

@@ -245,6 +245,8 @@ WRONG = [  # what it is, the file, the line, words
     ("no method", "models: [{model: a}]\n", 1, "merge_method is missing"),
     ("another program's", "base_model: a\ngate_mode: hidden\nexperts: [{source_model: a}]\n", 1, "a file for mergekit-moe"),
     ("a search", "genome: {models: [a], merge_method: ties}\ntasks: []\n", 1, "a file for mergekit-evolve"),
+    *((f"an empty method, {empty!r}", f"models: [{{model: a}}]\nmerge_method: {empty}\n", 2, "merge_method is missing")
+      for empty in ("", "''", "null", "[]")),
     ("a dash in a method", merge_of("dare-ties"), 1, "'dare_ties'"),
     ("a method that is not here", merge_of("ram"), 1, "not offered"),
     ("models and slices", merge_of("linear", "slices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n"), 6, "exactly one"),

@@ -24,8 +24,9 @@ _REFERENCE = " A reference answer is given; find what in an answer is wrong by c
 _LATER = " Judge the answer to the last question only; what was said before is there to be understood."
 
 _GRADE = re.compile(r"\[\[\s*(?:grade|rating|score)?\s*:?\s*(\d{1,3}(?:\.\d+)?)\s*(?:/\s*10\s*)?\]\]", re.IGNORECASE)
-_LOOSE_GRADE = re.compile(r"(?:grade|rating|score)\W{0,12}(?:is\W{1,4})?(\d{1,3}(?:\.\d+)?)[\s*_]*(?:/\s*10)?\W*\Z", re.IGNORECASE)
-_VERDICT = re.compile(r"\[\[\s*(?:verdict\s*:?\s*)?(?:assistant\s+)?(A|B|C|tie)\s*\]\]", re.IGNORECASE)
+_LOOSE_GRADE = re.compile(r"(?:grade|rating|score)\W{0,12}(?:is\W{1,4})?(\d{1,3}(?:\.\d+)?)[\s*_]*(?:(?:/|out of)\s*10)?\W*\Z",
+                          re.IGNORECASE)
+_VERDICT = re.compile(r"\[\[\s*(?:verdict\s*:?\s*)?(?:assistant\s+)?\**(A|B|C|tie)\**\s*\]\]", re.IGNORECASE)
 
 Message = dict[str, str]
 

@@ -126,8 +126,8 @@ class _Reader:
         if whole and len(given) != 1:
             self.note("error", _line(table[given[1]]) if given else _line(root),
                       "give exactly one of models, slices and modules" + (f"; here are {' and '.join(given)}" if given else ""))
-        if whole and "merge_method" not in table:
-            self.note("error", _line(root), "merge_method is missing: say which method merges")
+        if whole and ("merge_method" not in table or _empty(table["merge_method"]) or not table["merge_method"].value):
+            self.note("error", _line(table.get("merge_method", root)), "merge_method is missing: say which method merges")
         module, body = self.module(table["modules"]) if given[:1] == ["modules"] else ("", table)
         if "tokenizer" in table and "tokenizer_source" in table:
             self.note("error", _line(table["tokenizer_source"]), "give tokenizer or tokenizer_source, not both")
