@@ -66,9 +66,9 @@ def main() -> None:
         print(f"--models {chosen.models}: {studio.nothing}", file=sys.stderr)
     page = build(studio)
     page.queue(max_size=64, default_concurrency_limit=8)
-    page.launch(server_name=address(chosen.host), server_port=chosen.port, theme=theme(), css=css(), head=HEAD, footer_links=["api"],
-                run_history=False, enable_monitoring=False, max_file_size="1mb", ssr_mode=False, show_error=False,
-                favicon_path=ASSETS / "logo.svg", app_kwargs={"middleware": guards(chosen)})
+    page.launch(server_name=address(chosen.host), server_port=chosen.port, theme=theme(), css=css(), head=HEAD,
+                footer_links=["api"], run_history=False, enable_monitoring=False, max_file_size="1mb", ssr_mode=False,
+                show_error=False, favicon_path=ASSETS / "logo.svg", app_kwargs={"middleware": guards(chosen)})
 
 
 if __name__ == "__main__":

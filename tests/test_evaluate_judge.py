@@ -122,13 +122,15 @@ def endpoint(server, **options) -> Endpoint:
 @pytest.mark.parametrize(("reply", "expected"), [
     ("Good. Grade: [[7]]", 7), ("[[8.5]]", 8.5), ("[[ 9 / 10 ]]", 9), ("[[rating: 6]]", 6), ("Not [[3]] but rather [[4]].", 4),
     ("<think>maybe [[2]]</think> [[5]]", 5), ("… Rating: **7**/10", 7), ("The grade is 6.", 6), ("[[10]]", 10), ("[[0]]", None),
-    ("Grade: 7 out of 10", 7), ("[[11]]", None), ("[[A]]", None), ("It cites 7 sources.", None), ("", None), ("Grade 7 pupils would like it", None)])
+    ("Grade: 7 out of 10", 7),
+    ("[[11]]", None), ("[[A]]", None), ("It cites 7 sources.", None), ("", None), ("Grade 7 pupils would like it", None)])
 def test_grades_are_read(reply, expected):
     assert rubric.grade(reply) == expected
 
 
 @pytest.mark.parametrize(("reply", "expected"), [
-    ("So [[A]]", "A"), ("[[b]]", "B"), ("[[C]]", "tie"), ("[[Tie]]", "tie"), ("Assistant A is good, but [[B]]", "B"), ("[[**A**]]", "A"),
+    ("So [[A]]", "A"), ("[[b]]", "B"), ("[[C]]", "tie"), ("[[Tie]]", "tie"), ("Assistant A is good, but [[B]]", "B"),
+    ("[[**A**]]", "A"),
     ("[[A]] at first sight, in truth [[B]]", "B"), ("[[Assistant A]]", "A"), ("A is better", None), ("[[D]]", None)])
 def test_verdicts_are_read(reply, expected):
     assert rubric.winner(reply) == expected
