@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -156,8 +157,9 @@ def _rope(text: Mapping[str, object]) -> dict[str, object]:
     nested = {kind: its for kind, its in kept.items() if isinstance(its, dict)}
     if not nested:
         nested = {"": kept}
-        if text.get("model_type") in _LOCAL or "rope_local_base_freq" in text:
-            local = {"rope_theta": text.get("rope_local_base_freq", 1e4 if text.get("model_type") != "olmo3" else None)}
+        kind = str(text.get("model_type"))
+        if kind in _LOCAL or "rope_local_base_freq" in text:
+            local = {"rope_theta": text.get("rope_local_base_freq", 1e4 if kind != "olmo3" else None)}
             nested = {"full_attention": kept, "sliding_attention": local}
     rows = {kind: _written_out(its, text) for kind, its in nested.items()}
     if all(its == next(iter(rows.values())) for its in rows.values()):
@@ -168,7 +170,7 @@ def _rope(text: Mapping[str, object]) -> dict[str, object]:
 def _written_out(said: Mapping[str, object], text: Mapping[str, object]) -> dict[str, object]:
     """The rotary positions of one kind of layers; numbers that no version of transformers reads are left out."""
     def number(*values: object) -> float | None:
-        return next((float(value) for value in values if isinstance(value, (int, float)) and math.isfinite(value)), None)
+        return next((float(value) for value in values if _is_number(value)), None)
 
     model, kind = str(text.get("model_type")), str(said.get("rope_type", said.get("type")) or "default")
     kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)
@@ -208,8 +210,13 @@ def _yarn(factor: float, said: Mapping[str, object]) -> float:
         return 0.1 * float(by) * math.log(factor) + 1 if factor > 1 else 1.0  # type: ignore[arg-type]
 
     over, under = said.get("mscale"), said.get("mscale_all_dim")
-    both = isinstance(over, (int, float)) and isinstance(under, (int, float)) and over and under
+    both = _is_number(over) and _is_number(under) and over and under and scale(under)
     return scale(over) / scale(under) if both else scale(1)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number that a float can hold."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _equal(one: object, other: object) -> bool:
@@ -217,6 +224,6 @@ def _equal(one: object, other: object) -> bool:
         return one is other or one is False or other is False
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+    if _is_number(one) and _is_number(other):
         return one == other or abs(one - other) <= _SAME * max(abs(one), abs(other))
     return one == other

@@ -44,6 +44,8 @@ def _top_keys(text: str) -> set[str]:
             if isinstance(event, yaml.CollectionStartEvent):
                 table, at_key = (isinstance(event, yaml.MappingStartEvent), True) if level == 0 else (table, at_key)
                 level += 1
+                if level > _DEEPEST:  # no recipe of anybody's; PyYAML's time grows with the square of the depth
+                    raise ValueError("nested too deeply")
             elif isinstance(event, yaml.CollectionEndEvent):
                 level -= 1
             if level == 1 and table and not isinstance(event, yaml.MappingStartEvent):
