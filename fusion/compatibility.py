@@ -16,7 +16,7 @@ from fusion.alike import names_view, one_family
 from fusion.checkpoint import Checkpoint
 from fusion.configs import in_words, stop_tokens, told
 from fusion.errors import FusionError, MismatchError
-from fusion.naming import is_buffer
+from fusion.naming import is_buffer, stated_depth
 from fusion.untied import Untied
 from fusion.view import View
 from fusion.vocabulary import FUSE_FIRST, REBUILD, tables, unlike, without_rows
@@ -86,18 +86,22 @@ def _untied(model: Checkpoint) -> Untied | None:
 def _tensors(pivot: Checkpoint, target: Checkpoint) -> Iterator[Finding]:
     """What stops a merge in the names and dtypes of tensors."""
     wanted, given = mergeable_names(pivot), mergeable_names(target)
-    missing = [name for name in wanted if name not in set(given)]
-    extra = [name for name in given if name not in set(wanted)]
+    there, asked = set(given), set(wanted)
+    missing = [name for name in wanted if name not in there]
+    extra = [name for name in given if name not in asked]
     whole = next((name for name in missing if name in target.info and name not in target.tied_copies), None)
     if whole:
         yield Finding("bad", target.name, "dtype", f"{whole} is stored as {target.info[whole].dtype}, in the pivot as "
                       f"{dtypes.name(pivot.info[whole].dtype)}; only floating point weights can be merged.", whole)
     elif (missing or extra) and _classes(pivot, target):
-        first = next((name for name in wanted if name not in set(given) or _shape(target, name) != _shape(pivot, name)), extra[:1])
+        first = next((name for name in wanted if name not in there or _shape(target, name) != _shape(pivot, name)), extra[:1])
         first = first if isinstance(first, str) else first[0]
         yield _other_class(pivot, target, first)
     elif missing:
-        yield Finding("bad", target.name, "missing", f"It lacks {_first(missing)}. {FUSE_FIRST}", missing[0])
+        depth = stated_depth(target.config)
+        cut = not extra and depth is not None and depth == stated_depth(pivot.config)
+        todo = "Its config says that it should have this: download or save it again." if cut else FUSE_FIRST
+        yield Finding("bad", target.name, "missing", f"It lacks {_first(missing)}. {todo}", missing[0])
     elif extra:
         yield Finding("bad", target.name, "extra", f"It has {_first(extra)}, which the pivot has not. {FUSE_FIRST}", extra[0])
 

@@ -12,6 +12,7 @@ import transformers
 
 from fusion.__main__ import main
 from fusion.checkpoint import Checkpoint
+from fusion.compatibility import fits
 from fusion.inspection import inspect, preview
 from fusion.merge import merge
 from fusion.plan import MergePlan
@@ -199,3 +200,15 @@ def test_a_plan_without_such_models_holds_them_as_they_are(tmp_path):
     folders = model(tmp_path / "p"), model(tmp_path / "t", number=1)
     plan = MergePlan.open(Recipe(str(folders[0]), (str(folders[1]),), method="linear"))
     assert plan.models == tuple(plan.sources.values())
+
+
+def test_a_matrix_that_the_config_promises_is_to_be_downloaded_again_not_fused(tmp_path):
+    from safetensors.numpy import save_file
+
+    weights = {f"model.layers.{i}.mlp.up_proj.weight": np.ones((2, 2), np.float32) for i in range(2)}
+    for name, kept in (("pivot", weights), ("target", dict(list(weights.items())[:1]))):
+        (tmp_path / name).mkdir()
+        save_file(kept, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2}')
+    (found,) = [its for its in fits(Checkpoint(tmp_path / "pivot"), Checkpoint(tmp_path / "target")) if its.level == "bad"]
+    assert "download or save it again" in found.text and "fusion" not in found.text
